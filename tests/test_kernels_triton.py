@@ -1,0 +1,160 @@
+"""The Triton kernels under Triton's interpreter (CPU, small shapes) or on a GPU where there is one, against dense float64."""
+
+import os
+
+import pytest
+import torch
+from torch import Tensor
+
+if not torch.cuda.is_available():
+    # Read by triton when a kernel is defined, so before the import below.
+    os.environ["TRITON_INTERPRET"] = "1"
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+from restore.kernels import triton_backend
+from restore.kernels.documents import Spans, spans_of_lengths, spans_of_mask
+from restore.kernels.reference import relation_rows
+from restore.kernels.sampling import sample_rows, take_rows
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SCALES = (0.06, 0.05)
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+def _pair(batch: int, heads: int, tokens: int, channels: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    # [B, T, H, D] in memory, as a projection leaves it: the kernels take strides.
+    teacher = torch.randn(batch, tokens, heads, channels, device=DEVICE).transpose(1, 2)
+    return (teacher + 0.3 * torch.randn_like(teacher)).to(dtype), teacher.to(dtype)
+
+
+def _check(
+    query: tuple[Tensor, Tensor], key: tuple[Tensor, Tensor] | None, spans: Spans | None = None, rows: int | None = None
+) -> None:
+    """Values and gradients against float64, allowed the error of the same dense formula in the inputs' dtype."""
+    (q_s, q_t), (k_s, k_t) = query, key or query
+    row_BHM = None
+    if rows is not None:
+        row_BHM, _ = sample_rows(q_s, rows)
+        q_s, q_t = take_rows(q_s, row_BHM), take_rows(q_t, row_BHM)
+    upstream = torch.randn(q_s.shape[:3], device=DEVICE)
+    kl, lse_s, lse_t = triton_backend.forward(q_s, k_s, q_t, k_t, SCALES, spans, row_BHM)
+    if key is None and rows is None:
+        ours = [triton_backend.self_backward(upstream, q_s, q_t, lse_s, lse_t, SCALES, spans)]
+    else:
+        ours = list(triton_backend.backward(upstream, q_s, k_s, q_t, k_t, lse_s, lse_t, SCALES, spans, row_BHM))
+
+    def dense(dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
+        leaves = [q_s.to(dtype).requires_grad_()]
+        leaves.append(leaves[0] if len(ours) == 1 else k_s.to(dtype).requires_grad_())
+        truth = relation_rows(leaves[0], leaves[1], q_t.to(dtype), k_t.to(dtype), SCALES, spans, row_BHM)
+        return truth.detach(), list(torch.autograd.grad(truth, leaves[: len(ours)], upstream.to(dtype)))
+
+    truth, true_gradients = dense(torch.float64)
+    eager, eager_gradients = dense(q_s.dtype)
+    _no_worse(kl, eager, truth)
+    for gradient, eager_gradient, true_gradient in zip(ours, eager_gradients, true_gradients, strict=True):
+        assert gradient.dtype == q_s.dtype
+        _no_worse(gradient, eager_gradient, true_gradient)
+
+
+def _no_worse(ours: Tensor, eager: Tensor, truth: Tensor) -> None:
+    error, eager_error = (ours.double() - truth).norm(), (eager.double() - truth).norm()
+    assert error <= 1.1 * eager_error + 2e-6 * truth.norm() + 3e-7 * truth.numel() ** 0.5, (
+        f"error {error:.3g}, eager {eager_error:.3g}"
+    )
+
+
+@pytest.mark.parametrize("tokens", [1, 31, 64, 65, 129, 200])
+def test_self_relation(tokens: int) -> None:
+    _check(_pair(2, 2, tokens, 64, torch.float32), None)
+
+
+@pytest.mark.parametrize("channels", [16, 40, 80, 96, 112, 128, 256])
+def test_every_head_size(channels: int) -> None:
+    _check(_pair(1, 1, 70, channels, torch.float32), None)
+    _check(_pair(1, 2, 70, channels, torch.float32), _pair(1, 1, 70, channels, torch.float32))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_half_precision(dtype: torch.dtype) -> None:
+    if dtype == torch.bfloat16 and DEVICE == "cpu":
+        pytest.skip("needs a GPU: Triton's interpreter multiplies the bit patterns of bf16 as integers")
+    _check(_pair(1, 2, 130, 64, dtype), None)
+    _check(_pair(1, 4, 130, 64, dtype), _pair(1, 2, 130, 64, dtype))
+
+
+@pytest.mark.parametrize("groups", [1, 2, 6])
+@pytest.mark.parametrize("tokens", [1, 63, 150])
+def test_attention_rows(groups: int, tokens: int) -> None:
+    _check(_pair(2, 6, tokens, 16, torch.float32), _pair(2, groups, tokens, 16, torch.float32))
+
+
+def _masks() -> dict[str, Spans]:
+    position = torch.arange(150, device=DEVICE)
+    lengths = torch.tensor([150, 0, 77], device=DEVICE)[:, None]
+    return {
+        "right": spans_of_mask(position < lengths),
+        "left": spans_of_mask(position >= 150 - lengths),
+        "holes": spans_of_mask((position % 50 > 2).expand(3, 150)),
+    }
+
+
+@pytest.mark.parametrize("name", ["right", "left", "holes"])
+def test_padding(name: str) -> None:
+    spans = _masks()[name]
+    _check(_pair(3, 1, 150, 16, torch.float32), None, spans)
+    _check(_pair(3, 2, 150, 16, torch.float32), _pair(3, 1, 150, 16, torch.float32), spans)
+
+
+def test_packed_documents() -> None:
+    spans = spans_of_lengths(torch.tensor([0, 1, 70, 90, 190], device=DEVICE), 200)
+    _check(_pair(1, 2, 200, 16, torch.float32), None, spans)
+    _check(_pair(1, 2, 200, 16, torch.float32), _pair(1, 1, 200, 16, torch.float32), spans)
+
+
+def test_sampled_rows() -> None:
+    spans = _masks()["left"]
+    _check(_pair(3, 4, 150, 16, torch.float32), _pair(3, 2, 150, 16, torch.float32), rows=21)
+    _check(_pair(3, 4, 150, 16, torch.float32), _pair(3, 2, 150, 16, torch.float32), spans, rows=70)
+
+
+def test_what_padding_holds_reaches_nothing() -> None:
+    student, teacher = _pair(1, 2, 100, 16, torch.float32)
+    mask = torch.arange(100, device=DEVICE)[None] >= 37
+    spans = spans_of_mask(mask)
+    garbage = mask[:, None, :, None].logical_not()
+    results = []
+    for value in (0.0, float("nan")):
+        s, t = student.masked_fill(garbage, value), teacher.masked_fill(garbage, value)
+        rows = triton_backend.forward(s, s, t, t, SCALES, spans, None)
+        gradient = triton_backend.self_backward(torch.ones_like(rows[0]), s, t, *rows[1:], SCALES, spans)
+        cross = triton_backend.backward(torch.ones_like(rows[0]), s, s, t, t, *rows[1:], SCALES, spans, None)
+        results.append((*rows, gradient, *cross))
+    for clean, dirty in zip(*results, strict=True):
+        assert torch.equal(clean, dirty)
+
+
+def test_tiny_upstream_gradients_survive_fp16() -> None:
+    student, teacher = _pair(1, 1, 64, 16, torch.float16)
+    kl, lse_s, lse_t = triton_backend.forward(student, student, teacher, teacher, SCALES, None, None)
+    big, small = (
+        triton_backend.self_backward(torch.full_like(kl, weight), student, teacher, lse_s, lse_t, SCALES, None)
+        for weight in (1.0, 2.0**-10)
+    )
+    assert small.count_nonzero() > 0.9 * small.numel()
+    torch.testing.assert_close(small.float() * 2**10, big.float(), rtol=0.02, atol=2e-3)
+
+
+def test_large_logits_stay_finite() -> None:
+    student, teacher = _pair(1, 1, 70, 64, torch.float32)
+    rows = triton_backend.forward(student * 30, student * 30, teacher * 30, teacher * 30, SCALES, None, None)
+    big_s, big_t = student.double() * 30, teacher.double() * 30
+    truth = relation_rows(big_s, big_s, big_t, big_t, SCALES)
+    torch.testing.assert_close(rows[0].double(), truth, rtol=1e-4, atol=1e-2)
+    gradient = triton_backend.self_backward(torch.ones_like(rows[0]), student * 30, teacher * 30, *rows[1:], SCALES, None)
+    assert gradient.isfinite().all()

@@ -1,0 +1,77 @@
+"""Is one model better than another on the very same items: retention, paired tests, and how far a model can be served."""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from ard_serve.artifact import Scores
+from restore.evaluation.results import Comparison, Evaluation
+
+_BOOTSTRAP_DRAWS = 10_000
+
+
+def mcnemar(before: Sequence[int], after: Sequence[int]) -> float:
+    """Two-sided exact McNemar test over paired right (1) and wrong (0) answers: the p-value of "no difference"."""
+    assert len(before) == len(after), "paired answers come from the same items"
+    lost = sum(b > a for b, a in zip(before, after, strict=True))
+    gained = sum(a > b for b, a in zip(before, after, strict=True))
+    disagree, fewer = lost + gained, min(lost, gained)
+    log_tail = [
+        math.lgamma(disagree + 1) - math.lgamma(k + 1) - math.lgamma(disagree - k + 1) - disagree * math.log(2)
+        for k in range(fewer + 1)
+    ]
+    return min(1.0, 2 * math.fsum(math.exp(value) for value in log_tail))
+
+
+def paired_bootstrap(before: Sequence[float], after: Sequence[float], seed: int = 0) -> float:
+    """Two-sided bootstrap p-value that the mean of the paired differences is zero."""
+    differences = np.asarray(after, dtype=float) - np.asarray(before, dtype=float)
+    centred = differences - differences.mean()
+    generator = np.random.default_rng(seed)
+    means = centred[generator.integers(0, len(centred), (_BOOTSTRAP_DRAWS, len(centred)))].mean(axis=1)
+    return float((1 + (np.abs(means) >= abs(differences.mean()) - 1e-12).sum()) / (1 + _BOOTSTRAP_DRAWS))
+
+
+def compare(reference: Evaluation, model: Evaluation) -> list[Comparison]:
+    """Every figure both models have: tasks by McNemar, perplexity by a paired bootstrap over windows, their mean."""
+    pairs = [(score, other) for score in reference.tasks if (other := model.task(score.name)) is not None]
+    rows: list[tuple[str, float, float, float | None]] = [
+        (score.name, score.value, other.value, mcnemar(score.correct, other.correct))
+        for score, other in pairs
+        if len(score.correct) == len(other.correct)
+    ]
+    if len(rows) > 1:
+        before, after = sum(row[1] for row in rows) / len(rows), sum(row[2] for row in rows) / len(rows)
+        rows.append(("mean of the short tasks", before, after, None))
+    result = [_row(reference, model, *row) for row in rows]
+    perplexities = {score.length: score for score in model.perplexity}
+    for window in reference.perplexity:
+        if (other_window := perplexities.get(window.length)) is not None:
+            paired = len(window.window_nll) == len(other_window.window_nll) > 1
+            p_value = paired_bootstrap(window.window_nll, other_window.window_nll) if paired else None
+            result.append(_row(reference, model, f"perplexity at {window.length}", window.value, other_window.value, p_value))
+    return result
+
+
+def _row(reference: Evaluation, model: Evaluation, what: str, before: float, after: float, p_value: float | None) -> Comparison:
+    ratio = after / before if before > 0 else None
+    return Comparison(
+        reference=reference.name, model=model.name, what=what, before=before, after=after, ratio=ratio, p_value=p_value
+    )
+
+
+def served_limit(native: Scores, restored: Scores, native_window: int, tolerance: float = 0.1) -> int | None:
+    """The longest measured length up to which the restored model's perplexity stays within `tolerance` of the native one's.
+
+    A length beyond the native window is held to the longest native measurement inside it: more context must not be worse
+    than what the native model does with the window it was trained on.
+    """
+    inside = [length for length in native.perplexity if length <= native_window]
+    limit = None
+    for length in sorted(restored.perplexity):
+        anchor = length if length in inside else max(inside, default=None)
+        if anchor is None or restored.perplexity[length] > (1 + tolerance) * native.perplexity[anchor]:
+            break
+        limit = length
+    return limit

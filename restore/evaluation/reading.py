@@ -1,0 +1,94 @@
+"""Questions over long text, from local JSONL files.
+
+A file is one task; its items are of one kind, told by their fields:
+  {"question", "answers", "context", "title"}   the paragraph is hidden among paragraphs of other titles (SQuAD, NQ-open)
+  {"question", "answer", "facts"}               the facts are hidden, in order, in book text (bAbI, as BABILong does)
+"""
+
+import json
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ard_serve.errors import DataError
+from restore.evaluation.haystack import Haystack, Prompt, Quiz
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_INTRO = "Answer the question from the following text. Give only the answer and no other words.\n\n"
+
+
+class Reading:
+    """One task: questions, and the text their evidence is hidden in."""
+
+    def __init__(self, path: Path, tokenizer: "PreTrainedTokenizerBase", book: Haystack) -> None:
+        """Read a file.
+
+        Raises:
+            DataError: names the file and the line that is of no known kind.
+        """
+        self.name = path.stem
+        items = _read(path)
+        if "facts" in items[0]:
+            self._items, self._haystack = items, book
+            return
+        # Titles that are asked about never serve as distractors, so that the evidence is in the prompt once.
+        titles = sorted({str(item["title"]) for item in items})
+        asked = set(titles[::2])
+        self._items = [item for item in items if item["title"] in asked]
+        others = dict.fromkeys(str(item["context"]) for item in items if item["title"] not in asked)
+        ids = tokenizer("\n\n".join(others), add_special_tokens=False, verbose=False)["input_ids"]
+        self._haystack = Haystack(tokenizer, [np.array(ids)], book.bos)
+
+    def prompt(self, length: int, depth: float, sample: int, seed: int) -> Prompt:
+        """Prompt number `sample`; the same question at every length and depth.
+
+        Raises:
+            DataError: the text is too short for the length, or the length for the question.
+        """
+        order = np.random.default_rng((seed, zlib.crc32(self.name.encode()))).permutation(len(self._items))
+        item = self._items[order[sample % len(order)]]
+        generator = np.random.default_rng((seed, length, round(1000 * depth), sample))
+        return self._haystack.hide(_quiz(item), length, depth, generator)
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: not readable as UTF-8 text ({error})") from None
+    items: list[dict[str, Any]] = []
+    for number, line in enumerate(lines, 1):
+        try:
+            item = json.loads(line)
+            _quiz(item)
+            kind = "facts" in item
+            usable = kind == ("facts" in (items or [item])[0]) and (kind or isinstance(item["title"], str))
+        except (ValueError, KeyError, TypeError):
+            usable = False
+        if not usable:
+            raise DataError(f"{path}:{number}: expected question, answers, context and title, or question, answer and facts")
+        items.append(item)
+    if not items:
+        raise DataError(f"{path}: the file holds no questions")
+    return items
+
+
+def _quiz(item: dict[str, Any]) -> Quiz:
+    scattered = "facts" in item
+    evidence: Sequence[str] = item["facts"] if scattered else [item["context"]]
+    answers = tuple(item["answers"]) if "answers" in item else (item["answer"],)
+    if not answers or not evidence or not all(isinstance(text, str) and text.strip() for text in (*answers, *evidence)):
+        raise ValueError("an item needs an answer and evidence")
+    return Quiz(
+        _INTRO,
+        tuple(f" {text.strip()}" if scattered else f"\n\n{text.strip()}\n\n" for text in evidence),
+        f"\n\nQuestion: {item['question']}\nAnswer:",
+        answers,
+        judge="any",
+        ordered=True,
+    )

@@ -1,0 +1,133 @@
+"""What an evaluation found, for one model and for several side by side: the schema of evaluation.json."""
+
+import math
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from ard_serve.artifact import Scores
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class PerplexityScore(_Record):
+    """Perplexity over the last tokens of windows of `length` tokens."""
+
+    length: int
+    window_nll: tuple[float, ...] = Field(description="mean negative log-likelihood of each window, in nats a token")
+
+    @property
+    def value(self) -> float:
+        return math.exp(min(_mean(self.window_nll), 700.0))
+
+    @property
+    def stderr(self) -> float | None:
+        """Over windows, by the delta method; None for a single window."""
+        spread = mean_stderr(self.window_nll)
+        return None if spread is None else self.value * spread
+
+
+class PositionCurve(_Record):
+    """Perplexity by position inside the longest windows; bucket i covers [edges[i], edges[i + 1])."""
+
+    edges: tuple[int, ...]
+    perplexity: tuple[float, ...]
+
+
+class NeedleScore(_Record):
+    """Retrieval at one length and depth; each sample is the share of its answers that was found."""
+
+    task: str
+    length: int
+    depth: float
+    samples: tuple[float, ...]
+
+    @property
+    def value(self) -> float:
+        return _mean(self.samples)
+
+
+class TaskScore(_Record):
+    """One short task. `metric` names the headline among `metrics`; `correct` holds its items in file order."""
+
+    name: str
+    metric: str
+    metrics: dict[str, float]
+    correct: tuple[int, ...]
+
+    @property
+    def value(self) -> float:
+        return _mean(self.correct)
+
+    @property
+    def stderr(self) -> float | None:
+        return mean_stderr(self.correct)
+
+
+class Evaluation(_Record):
+    """Everything measured on one model."""
+
+    name: str
+    perplexity: tuple[PerplexityScore, ...] = ()
+    by_position: PositionCurve | None = None
+    needles: tuple[NeedleScore, ...] = ()
+    tasks: tuple[TaskScore, ...] = ()
+    seconds: float = 0.0
+
+    @property
+    def scores(self) -> Scores:
+        """The figures a manifest carries; needles are the `single` task, the mean over depths."""
+        lengths = sorted({needle.length for needle in self.needles if needle.task == "single"})
+        return Scores(
+            perplexity={score.length: score.value for score in self.perplexity},
+            needle={length: self.needle(length) for length in lengths},
+            tasks={score.name: score.value for score in self.tasks},
+        )
+
+    def needle(self, length: int, task: str = "single") -> float:
+        """Exact match of one needle task at one length, the mean over depths and samples."""
+        return _mean([s for n in self.needles if (n.task, n.length) == (task, length) for s in n.samples])
+
+    def task(self, name: str) -> TaskScore | None:
+        return next((score for score in self.tasks if score.name == name), None)
+
+
+class Comparison(_Record):
+    """One figure of `model` against the same items of `reference`.
+
+    `ratio` is after / before: a task's retention, and above 1 a worse perplexity. `p_value` is None where nothing is paired.
+    """
+
+    reference: str
+    model: str
+    what: str
+    before: float
+    after: float
+    ratio: float | None
+    p_value: float | None
+
+
+class EvaluationReport(_Record):
+    """`evaluation.json`: the models side by side, how they were measured, and on what machine."""
+
+    schema_version: int = 1
+    created_at: str
+    ard_serve_version: str
+    machine: str
+    config: dict[str, Any]
+    models: tuple[Evaluation, ...]
+    comparisons: tuple[Comparison, ...] = ()
+
+
+def mean_stderr(values: tuple[float, ...] | tuple[int, ...]) -> float | None:
+    """Standard error of a mean; None where one value says nothing about spread."""
+    if len(values) < 2:
+        return None
+    mean = _mean(values)
+    return math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1) / len(values))
+
+
+def _mean(values: tuple[float, ...] | tuple[int, ...] | list[float]) -> float:
+    return sum(values) / len(values) if values else math.nan

@@ -1,0 +1,68 @@
+"""Ask a model what is hidden in long text: every needle task at every length and depth, batched, by greedy decoding."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import groupby, product
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from ard_serve.console import progress
+from restore.evaluation.config import EvalConfig, NeedleTask
+from restore.evaluation.haystack import Haystack, Prompt
+from restore.evaluation.likelihood import continue_greedily
+from restore.evaluation.needles import needle_prompt
+from restore.evaluation.reading import Reading
+from restore.evaluation.results import NeedleScore
+
+# From length, depth and sample number to a prompt.
+_Maker = Callable[[int, float, int], Prompt]
+
+
+def measure(model: PreTrainedModel, haystack: Haystack, config: EvalConfig, name: str) -> list[NeedleScore]:
+    """Score `config.needle_samples` prompts of each task, length and depth.
+
+    Raises:
+        DataError: the text is too short for a length, or a file of questions cannot be used.
+    """
+    cells = list(product(_makers(haystack, config).items(), sorted(config.needle_lengths), config.needle_depths))
+    scores = []
+    with progress(f"{name}: needles", sum(length for _, length, _ in cells) * config.needle_samples) as bar:
+        for (task, make), length, depth in cells:
+            prompts = [make(length, depth, sample) for sample in range(config.needle_samples)]
+            samples = _answer(model, haystack, prompts, config.batch_tokens, lambda: bar.advance(length))  # noqa: B023
+            scores.append(NeedleScore(task=task, length=length, depth=depth, samples=tuple(samples)))
+    return scores
+
+
+def _makers(haystack: Haystack, config: EvalConfig) -> dict[str, _Maker]:
+    makers: dict[str, _Maker] = {
+        task: partial(_needle, haystack, task, config.seed) for task in dict.fromkeys(config.needle_tasks)
+    }
+    for path in map(Path, config.reading):
+        reading = Reading(path, haystack.tokenizer, haystack)
+        makers[reading.name] = partial(reading.prompt, seed=config.seed)
+    return makers
+
+
+def _needle(haystack: Haystack, task: NeedleTask, seed: int, length: int, depth: float, sample: int) -> Prompt:
+    return needle_prompt(haystack, task, length, depth, sample, seed)
+
+
+def _answer(
+    model: PreTrainedModel, haystack: Haystack, prompts: Sequence[Prompt], batch_tokens: int, advance: Callable[[], None]
+) -> list[float]:
+    """Score each prompt's greedy continuation; prompts of one shape run together, without padding."""
+    scores: dict[int, float] = {}
+    order = sorted(range(len(prompts)), key=lambda index: (len(prompts[index].ids), prompts[index].new_tokens))
+    for _, same in groupby(order, key=lambda index: (len(prompts[index].ids), prompts[index].new_tokens)):
+        indices = list(same)
+        rows = max(1, batch_tokens // len(prompts[indices[0]].ids))
+        for at in range(0, len(indices), rows):
+            batch = [prompts[index] for index in indices[at : at + rows]]
+            written = continue_greedily(model, torch.tensor([prompt.ids for prompt in batch]), batch[0].new_tokens)
+            for index, ids in zip(indices[at : at + rows], written, strict=True):
+                scores[index] = prompts[index].score(haystack.decode(ids.tolist()))
+                advance()
+    return [scores[index] for index in range(len(prompts))]

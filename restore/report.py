@@ -1,0 +1,224 @@
+"""What a stranger reads about a restored model: evaluation.json, a Markdown card, and one HTML page with its plots."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from pydantic import ValidationError
+
+from ard_serve.artifact import DataRecord, Manifest, RecipeRecord, Scores
+from ard_serve.console import print_table
+from ard_serve.errors import UsageError
+from restore.evaluation.results import Comparison, Evaluation, EvaluationReport
+
+_SIGNIFICANT = 0.05
+_SHORT_MEAN = "mean of the short tasks"
+
+
+@dataclass(frozen=True)
+class Restoration:
+    """What was done to a model, as its card tells it."""
+
+    base_name: str
+    native_window: int
+    target_length: int
+    rope_type: str
+    recipe: RecipeRecord
+    data: DataRecord | None = None
+    forced: bool = False
+
+    @classmethod
+    def from_manifest(cls, manifest: Manifest) -> Self:
+        """The facts of an export."""
+        return cls(
+            base_name=manifest.base.name,
+            native_window=manifest.base.native_window,
+            target_length=manifest.rope.target_length,
+            rope_type=manifest.rope.rope_type,
+            recipe=manifest.recipe,
+            data=manifest.data,
+            forced=manifest.forced,
+        )
+
+
+def write(
+    found: EvaluationReport, out: Path, restoration: Restoration | None = None, steps: Sequence[dict[str, Any]] = ()
+) -> list[Path]:
+    """Write evaluation.json, report.md and report.html to `out` and return their paths in this order.
+
+    Args:
+        found: what was measured.
+        out: an existing folder.
+        restoration: what was done to the restored model, where there is one.
+        steps: rows of the training run's metrics.jsonl.
+    """
+    from restore.page import html_page
+
+    contents = {
+        "evaluation.json": found.model_dump_json(indent=1) + "\n",
+        "report.md": markdown(found, restoration),
+        "report.html": html_page(found, restoration, steps),
+    }
+    for name, content in contents.items():
+        (out / name).write_text(content, encoding="utf-8")
+    return [out / name for name in contents]
+
+
+def read(path: Path) -> EvaluationReport:
+    """Read an evaluation.json.
+
+    Raises:
+        UsageError: it is missing or of another kind.
+    """
+    try:
+        return EvaluationReport.model_validate_json(path.read_bytes())
+    except (OSError, ValidationError) as error:
+        raise UsageError(f"{path}: not an evaluation.json of `ard eval` ({str(error).splitlines()[0]})") from None
+
+
+def print_summary(found: EvaluationReport) -> None:
+    """Print the table of headline figures on stdout."""
+    header, rows = score_table(found.models)
+    print_table("what each model does", header, rows)
+
+
+def markdown(found: EvaluationReport, restoration: Restoration | None) -> str:
+    """The report as Markdown: figures, what got worse, how it was measured."""
+    header, rows = score_table(found.models)
+    parts = ["# Evaluation", *([_what_was_done(restoration)] if restoration else []), _table(header, rows)]
+    parts += [_differences(found), how(found)]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def model_card(restoration: Restoration, found: EvaluationReport | None = None, license_name: str | None = None) -> str:
+    """README.md of an export, with the metadata block that model hubs read.
+
+    Args:
+        restoration: what was done.
+        found: the evaluation of native, stretched and restored, where one was made.
+        license_name: the base model's licence, as its own card states it.
+    """
+    front = ["---", "library_name: transformers", f"base_model: {restoration.base_name}", "pipeline_tag: text-generation"]
+    front += [f"license: {license_name}"] if license_name else []
+    name = Path(restoration.base_name).name
+    parts = [
+        "\n".join([*front, "---"]),
+        f"# {name}, restored to {restoration.target_length:,} tokens",
+        _what_was_done(restoration),
+        _forced_warning(restoration),
+    ]
+    if found:
+        header, rows = score_table(found.models)
+        parts += ["## Before and after", _table(header, rows), _differences(found), how(found)]
+    else:
+        parts.append("Nothing was measured on this export; `ard eval` does it.")
+    parts += ["## Use", _use(restoration)]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def score_table(models: Sequence[Evaluation]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows: one row a figure, one column a model."""
+    scores = [model.scores for model in models]
+    lengths, depths = _keys([score.perplexity for score in scores]), _keys([score.needle for score in scores])
+    names = _keys([score.tasks for score in scores])
+    rows = [
+        *([f"perplexity at {n:,} tokens", *(_cell(score.perplexity.get(n), ".2f") for score in scores)] for n in lengths),
+        *([f"needle found at {n:,} tokens", *(_cell(score.needle.get(n), ".0%") for score in scores)] for n in depths),
+        *([name, *(_task_cell(model, name) for model in models)] for name in names),
+    ]
+    if len(names) > 1:
+        rows.append([_SHORT_MEAN, *(_cell(short_mean(score), ".3f") for score in scores)])
+    return ["", *(model.name for model in models)], rows
+
+
+def short_mean(scores: Scores) -> float | None:
+    """Mean of the short tasks' headline scores."""
+    return sum(scores.tasks.values()) / len(scores.tasks) if scores.tasks else None
+
+
+def subject(found: EvaluationReport) -> Evaluation:
+    """The model that the report is about: the restored one where there is one, else the last."""
+    return next((model for model in found.models if model.name == "restored"), found.models[-1])
+
+
+def worsened(found: EvaluationReport) -> list[Comparison]:
+    """What the report's subject does worse than the first model, by more than chance explains."""
+    return [row for row in found.comparisons if row.model == subject(found).name and _worse(row) and _significant(row)]
+
+
+def _worse(row: Comparison) -> bool:
+    return row.after > row.before if row.what.startswith("perplexity") else row.after < row.before
+
+
+def _significant(row: Comparison) -> bool:
+    return row.p_value is not None and row.p_value < _SIGNIFICANT
+
+
+def _differences(found: EvaluationReport) -> str:
+    rows = [row for row in found.comparisons if row.model == subject(found).name]
+    if not rows:
+        return ""
+    header = ["", rows[0].reference, rows[0].model, "ratio", "p"]
+    body = [
+        [row.what, f"{row.before:.3f}", f"{row.after:.3f}", _cell(row.ratio, ".3f"), _cell(row.p_value, ".3f")] for row in rows
+    ]
+    worse = [f"{row.what} ({row.before:.3f} → {row.after:.3f}, p = {row.p_value:.3f})" for row in worsened(found)]
+    verdict = f"Worse than {rows[0].reference}, beyond chance: {'; '.join(worse) if worse else 'nothing that was measured'}."
+    note = "p: McNemar's exact test on the same items for tasks, a paired bootstrap over windows for perplexity."
+    return "\n\n".join([f"### Against {rows[0].reference}, on the same items", _table(header, body), verdict, note])
+
+
+def _what_was_done(restoration: Restoration) -> str:
+    recipe = restoration.recipe
+    objectives = ", ".join(f"{name} × {weight:g}" for name, weight in recipe.objectives.items())
+    read = f" from {restoration.data.documents} documents ({restoration.data.source})" if restoration.data else ""
+    return (
+        f"`{restoration.base_name}` reads {restoration.native_window:,} tokens. Its rotary position embeddings were stretched "
+        f"({restoration.rope_type}) to {restoration.target_length:,} tokens, which by itself damages what it could do; it was "
+        f"then taught to attend and predict as it did before. Recipe `{recipe.name}` ({objectives}), {recipe.trainable}, "
+        f"{recipe.steps} steps over {recipe.tokens:,} tokens{read}, seed {recipe.seed}."
+    )
+
+
+def _forced_warning(restoration: Restoration) -> str:
+    return "**The quality gate failed; this export was published with `--force`.**" if restoration.forced else ""
+
+
+def _use(restoration: Restoration) -> str:
+    return (
+        "config.json carries the stretched RoPE; nothing needs to be set:\n\n```bash\n"
+        f"ard serve DIR          # vLLM behind a gateway, up to {restoration.target_length} tokens\n"
+        "vllm serve DIR         # vLLM alone\n```"
+    )
+
+
+def how(found: EvaluationReport) -> str:
+    """How the figures came about, in plain words."""
+    windows = found.config["windows"]
+    return (
+        f"Measured {found.created_at} with ard-serve {found.ard_serve_version} on {found.machine}, {found.config['dtype']}, "
+        f"in {sum(model.seconds for model in found.models):.0f} s. Perplexity: {windows} windows of held-out text for each "
+        "length, over their last 1,024 tokens (half the window below 2,048); windows of every length end at the same places. "
+        "Needle: a six-digit number hidden in a book, right when it is the first number the model writes. "
+        "Short tasks ± one standard error."
+    )
+
+
+def _task_cell(model: Evaluation, name: str) -> str:
+    if (score := model.task(name)) is None:
+        return "–"
+    return f"{score.value:.3f}" + (f" ± {score.stderr:.3f}" if score.stderr is not None else "")
+
+
+def _cell(value: float | None, style: str) -> str:
+    return "–" if value is None else format(value, style)
+
+
+def _keys(mappings: Sequence[dict[Any, float]]) -> list[Any]:
+    return sorted({key for mapping in mappings for key in mapping})
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---", *("---:" for _ in header[1:])], *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

@@ -1,0 +1,120 @@
+"""Questions over long text: the evidence is in the prompt once, in order, and the prompt fills its window."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from ard_serve.errors import DataError
+from restore import loading
+from restore.evaluation import retrieval
+from restore.evaluation.config import EvalConfig
+from restore.evaluation.haystack import Haystack
+from restore.evaluation.reading import Reading
+
+BOS = 256
+LENGTH = 900
+
+
+@pytest.fixture(scope="module")
+def checkpoint(make_checkpoint: Callable[..., Path]) -> Path:
+    return make_checkpoint("llama3", seed=5)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(checkpoint: Path) -> PreTrainedTokenizerBase:
+    return loading.load_tokenizer(checkpoint)
+
+
+@pytest.fixture(scope="module")
+def book(tokenizer: PreTrainedTokenizerBase) -> Haystack:
+    text = "".join(f"On day {i} nothing stirred in the harbour. " for i in range(60))
+    return Haystack(tokenizer, [np.array(tokenizer(text, add_special_tokens=False)["input_ids"])], [BOS])
+
+
+def write(path: Path, items: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(item) + "\n" for item in items))
+    return path
+
+
+def paragraphs(count: int) -> list[dict[str, Any]]:
+    return [
+        {
+            "title": f"Town {i}",
+            "context": f"Town {i} was founded in the year {1000 + i} by fishermen. It has a mill and a tower.",
+            "question": f"When was town {i} founded?",
+            "answers": [str(1000 + i)],
+        }
+        for i in range(count)
+    ]
+
+
+@pytest.mark.parametrize("depth", [0.0, 0.5, 1.0])
+def test_a_paragraph_is_hidden_once_among_those_of_other_titles(
+    tokenizer: PreTrainedTokenizerBase, book: Haystack, tmp_path: Path, depth: float
+) -> None:
+    reading = Reading(write(tmp_path / "towns.jsonl", paragraphs(40)), tokenizer, book)
+    for sample in range(5):
+        prompt = reading.prompt(LENGTH, depth, sample, seed=0)
+        text = book.decode(prompt.ids)
+        assert len(prompt.ids) + prompt.new_tokens == LENGTH
+        assert text.count(f"founded in the year {prompt.answers[0]} by") == 1
+        assert text.count("by fishermen") > 5
+        assert f"When was town {int(prompt.answers[0]) - 1000} founded?" in text
+        assert prompt.score(f" It was {prompt.answers[0]}.") == 1.0
+
+
+def test_the_same_questions_are_asked_at_every_length_and_depth(
+    tokenizer: PreTrainedTokenizerBase, book: Haystack, tmp_path: Path
+) -> None:
+    reading = Reading(write(tmp_path / "towns.jsonl", paragraphs(40)), tokenizer, book)
+    asked = {
+        place: [reading.prompt(*place, sample, seed=0).answers for sample in range(6)] for place in ((700, 0.0), (900, 1.0))
+    }
+    assert asked[700, 0.0] == asked[900, 1.0]
+    assert len(set(asked[700, 0.0])) == 6
+
+
+def test_facts_are_hidden_in_the_book_in_order(tokenizer: PreTrainedTokenizerBase, book: Haystack, tmp_path: Path) -> None:
+    facts = ["John went to the hall.", "John took the milk.", "John went to the garden."]
+    item = {"question": "Where is John?", "answer": "garden", "facts": facts}
+    reading = Reading(write(tmp_path / "qa1.jsonl", [item]), tokenizer, book)
+    prompt = reading.prompt(LENGTH, 0.5, 0, seed=3)
+    text = book.decode(prompt.ids)
+    places = [text.index(fact) for fact in facts]
+    assert places == sorted(places)
+    assert "nothing stirred" in text
+    assert len(prompt.ids) + prompt.new_tokens == LENGTH
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "{",
+        '{"question": "q", "answers": [], "context": "c", "title": "t"}',
+        '{"question": "q", "answers": ["a"], "context": "c"}',
+        '{"question": "q", "answer": "a", "facts": []}',
+        '{"question": "q", "answer": "a", "facts": ["f"]}',
+    ],
+)
+def test_a_bad_question_is_named_by_file_and_line(
+    tokenizer: PreTrainedTokenizerBase, book: Haystack, tmp_path: Path, line: str
+) -> None:
+    path = tmp_path / "bad.jsonl"
+    path.write_text(json.dumps(paragraphs(1)[0]) + "\n" + line + "\n")
+    with pytest.raises(DataError, match=r"bad\.jsonl:2: expected question"):
+        Reading(path, tokenizer, book)
+
+
+def test_reading_is_measured_beside_the_needles(checkpoint: Path, book: Haystack, tmp_path: Path) -> None:
+    path = write(tmp_path / "towns.jsonl", paragraphs(40))
+    fields = {"reading": (str(path),), "needle_lengths": (600, 900), "needle_depths": (0.5,), "needle_samples": 2}
+    config = EvalConfig.model_validate({"data": ("x",)} | fields)
+    found = retrieval.measure(loading.load(checkpoint, torch.float32), book, config, "tiny")
+    assert [(score.task, score.length) for score in found] == [("single", 600), ("single", 900), ("towns", 600), ("towns", 900)]
+    assert all(len(score.samples) == 2 for score in found)

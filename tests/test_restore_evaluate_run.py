@@ -1,0 +1,161 @@
+"""`ard eval` end to end on tiny models: an export beside its native and its untouched stretched self."""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ard_serve import artifact
+from ard_serve.errors import DataError, UsageError
+from restore import evaluate, loading
+from restore.evaluation.config import EvalConfig
+from restore.evaluation.results import Evaluation, EvaluationReport
+from restore.inspection import read_config
+from restore.rope import plan_rope
+
+MakeCheckpoint = Callable[..., Path]
+
+
+@pytest.fixture(scope="module")
+def base(make_checkpoint: MakeCheckpoint) -> Path:
+    return make_checkpoint("llama3", seed=1)
+
+
+@pytest.fixture(scope="module")
+def exported(make_checkpoint: MakeCheckpoint, base: Path) -> Path:
+    """Other weights in the base's shape, with a stretched config.json and the manifest of an export."""
+    folder = make_checkpoint("llama3", seed=2)
+    config, plan = read_config(folder), plan_rope(read_config(folder), 512, "linear")
+    (folder / "config.json").write_text(json.dumps(plan.target_config(config)))
+    manifest = artifact.Manifest(
+        created_at="2026-01-01T00:00:00+00:00",
+        ard_serve_version="0",
+        base=artifact.BaseModelRecord(name=str(base), architecture="llama", weights_sha256="", native_window=128),
+        rope=artifact.RopeRecord(rope_type="linear", factor=4.0, target_length=512, parameters=plan.parameters),
+        recipe=artifact.RecipeRecord(
+            name="default", objectives={"logits": 1.0}, trainable="full", steps=7, tokens=4321, seed=0
+        ),
+        files=artifact.describe_files(folder),
+        tensors=artifact.describe_tensors(folder),
+    )
+    artifact.write_manifest(folder, manifest)
+    return folder
+
+
+def settings(texts: Path, **fields: Any) -> EvalConfig:
+    tasks = texts.parent / f"tasks-{texts.name}"
+    tasks.mkdir(exist_ok=True)
+    items = [{"query": f"{i} times 2 is", "choices": [str(2 * i), str(i)], "gold": 0} for i in range(6)]
+    (tasks / "sums.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
+    defaults = {
+        "data": (str(texts),), "tasks": (str(tasks),), "lengths": (64, 512), "windows": 3, "needle_lengths": (512,),
+        "needle_depths": (0.5,), "needle_samples": 2, "dtype": "fp32", "device": "cpu",
+    }  # fmt: skip
+    return EvalConfig.model_validate(defaults | fields)
+
+
+def read(out: Path) -> EvaluationReport:
+    return EvaluationReport.model_validate_json((out / "evaluation.json").read_bytes())
+
+
+def test_an_export_is_measured_beside_native_and_stretched(base: Path, exported: Path, texts: Path, tmp_path: Path) -> None:
+    config = settings(texts)
+    assert evaluate.run(str(exported), config, tmp_path / "out") == 0
+    models = {model.name: model for model in read(tmp_path / "out").models}
+    assert list(models) == ["native", "stretched", "restored"]
+    native = perplexity(base, None, config)
+    stretched = perplexity(base, read_config(exported), config)
+    restored = perplexity(exported, None, config)
+    assert len({tuple(native.values()), tuple(stretched.values()), tuple(restored.values())}) == 3
+    for name, expected in (("native", native), ("stretched", stretched), ("restored", restored)):
+        assert models[name].scores.perplexity == pytest.approx(expected, rel=1e-4)
+        assert set(models[name].scores.tasks) == {"sums"}
+        assert set(models[name].scores.needle) == {512}
+    assert {row.model for row in read(tmp_path / "out").comparisons} == {"stretched", "restored"}
+
+
+@torch.no_grad()
+def perplexity(folder: Path, config: dict[str, Any] | None, settings: EvalConfig) -> dict[int, float]:
+    """By transformers' own loss over the last half of the windows that `evaluate` cuts."""
+    from restore import data
+    from restore.evaluation.perplexity import cut_windows
+
+    model, tokenizer = loading.load(folder, torch.float32, "cpu", config), loading.load_tokenizer(folder)
+    documents = [tokenizer(d.text, add_special_tokens=False)["input_ids"] for d in data.read_documents(settings.data)]
+    windows = cut_windows([torch.tensor(ids).numpy() for ids in documents], [256], settings.lengths, settings.windows)
+    found = {}
+    for length, ids in windows.items():
+        labels = ids.clone()
+        labels[:, : length // 2] = -100
+        found[length] = math.exp(float(model(ids, labels=labels).loss))
+    return found
+
+
+def test_the_report_is_written_and_the_table_printed(
+    exported: Path, texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    evaluate.run(str(exported), settings(texts, needle_samples=0, tasks=()), tmp_path / "out", stretched=False)
+    found = read(tmp_path / "out")
+    assert [model.name for model in found.models] == ["native", "restored"]
+    value = f"{found.models[1].scores.perplexity[512]:.2f}"
+    for name in ("report.md", "report.html"):
+        assert value in (tmp_path / "out" / name).read_text()
+    assert value in capsys.readouterr().out
+    assert found.config["lengths"] == [64, 512]
+
+
+def test_other_folders_are_measured_too(base: Path, make_checkpoint: MakeCheckpoint, texts: Path, tmp_path: Path) -> None:
+    other = make_checkpoint("qwen2", seed=4)
+    config = settings(texts, lengths=(), needle_samples=0, tasks=())
+    evaluate.run(str(base), config, tmp_path / "out", against=[str(other)])
+    found = read(tmp_path / "out")
+    assert [model.name for model in found.models] == [base.name, other.name]
+    assert list(found.models[0].scores.perplexity) == [128], "up to what the model serves"
+    with pytest.raises(UsageError, match=f"two models are called '{base.name}'"):
+        evaluate.run(str(base), config, tmp_path / "out", against=[str(base)])
+
+
+def test_a_base_that_moved_is_named_and_can_be_given(
+    base: Path, exported: Path, texts: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    manifest = artifact.read_manifest(exported)
+    assert manifest is not None
+    moved = manifest.model_copy(update={"base": manifest.base.model_copy(update={"name": "/moved/away"})})
+    artifact.write_manifest(exported, moved)
+    config = settings(texts, needle_samples=0, tasks=())
+    evaluate.run(str(exported), config, tmp_path / "alone")
+    assert [model.name for model in read(tmp_path / "alone").models] == ["restored"]
+    assert "/moved/away" in caplog.text
+    assert "--base" in caplog.text
+    evaluate.run(str(exported), config, tmp_path / "both", base=str(base))
+    assert [model.name for model in read(tmp_path / "both").models] == ["native", "stretched", "restored"]
+    artifact.write_manifest(exported, manifest)
+
+
+def test_text_shorter_than_a_window_is_refused(base: Path, texts: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="the longest window 100000"):
+        evaluate.run(str(base), settings(texts, lengths=(100_000,)), tmp_path / "out")
+    with pytest.raises(UsageError, match="name held-out text"):
+        evaluate.run(str(base), settings(texts, data=()), tmp_path / "out")
+
+
+def test_one_loaded_model_can_be_measured_as_it_is(base: Path, texts: Path) -> None:
+    model, tokenizer = loading.load(base, torch.float32), loading.load_tokenizer(base)
+    found = evaluate.evaluate(model, tokenizer, settings(texts, lengths=(64,), needle_samples=0), name="student")
+    assert isinstance(found, Evaluation)
+    assert found.name == "student"
+    assert found.by_position is not None
+    assert len(found.tasks[0].correct) == 6
+    assert found.seconds > 0
+
+
+def test_the_served_length_is_what_vllm_reads() -> None:
+    assert evaluate.served_length({"max_position_embeddings": 100}) == 100
+    linear = {"rope_type": "linear", "factor": 8.0}
+    assert evaluate.served_length({"max_position_embeddings": 100, "rope_parameters": linear}) == 800
+    yarn = {"rope_type": "yarn", "factor": 8.0}
+    assert evaluate.served_length({"max_position_embeddings": 800, "rope_parameters": yarn}) == 800

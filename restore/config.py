@@ -1,0 +1,93 @@
+"""Every setting of a restoration, in one place: the fields of a config file and the flags of `ard restore`."""
+
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+
+from ard_serve.settings import Settings
+from restore.evaluation.config import EvalConfig
+from restore.rope import RopeType
+
+Objective = Literal["self_relation", "attention", "logits", "lm"]
+
+# A recipe is a weight for each objective; docs/decisions/0001-default-recipe.md says why `default` is what it is.
+RECIPES: dict[str, dict[Objective, float]] = {
+    "default": {"attention": 1.0, "logits": 1.0, "lm": 1.0},
+    "distill": {"attention": 1.0, "logits": 1.0},
+    "linearard": {"self_relation": 1.0},
+    "cpt": {"lm": 1.0},
+}
+
+
+class RestoreConfig(Settings):
+    """One restoration: which model, how far, on what data, with which objectives."""
+
+    model: str = Field(description="folder of a Hugging Face model, or its name on the hub")
+    target_length: int = Field(gt=0, description="tokens the restored model must serve")
+    data: tuple[str, ...] = Field(min_length=1, description="text, JSONL or Parquet files, folders of them, or a dataset name")
+    out: Path = Field(description="folder for the exported model (OUT/model), the checkpoints and the report")
+
+    native_window: PositiveInt | None = Field(None, description="tokens the model was trained on, when its config hides it")
+    rope_type: RopeType = Field("yarn", description="how positions are stretched: yarn, linear, llama3 or theta")
+    rope_theta: PositiveFloat | None = Field(None, description="raised RoPE base, for rope_type theta")
+
+    recipe: Literal["default", "distill", "linearard", "cpt"] = Field(
+        "default", description="named set of objective weights: default, distill, linearard (the paper's) or cpt"
+    )
+    objectives: dict[Objective, float] | None = Field(None, description="objective weights that replace the recipe's")
+    trainable: Literal["lora", "full"] = Field("lora", description="train low-rank adapters (lora) or full-rank deltas (full)")
+    targets: tuple[Literal["q_proj", "k_proj", "v_proj", "o_proj"], ...] = Field(
+        ("q_proj", "k_proj", "v_proj", "o_proj"), min_length=1, description="attention projections that learn"
+    )
+    rank: PositiveInt = Field(128, description="rank of the LoRA adapters")
+    alpha: PositiveInt | None = Field(None, description="LoRA alpha; twice the rank when not given")
+
+    tokens: PositiveInt = Field(4_250_000, description="training tokens, long windows included")
+    steps: PositiveInt | None = Field(None, description="optimizer steps, instead of a number of tokens")
+    batch_tokens: PositiveInt = Field(65_536, description="tokens of one optimizer step")
+    window: PositiveInt | None = Field(None, description="tokens of a distillation window; the native window when not given")
+    long_window: PositiveInt | None = Field(
+        None, description="tokens of a language-model window; four native windows when not given"
+    )
+    long_share: float = Field(0.5, ge=0, le=1, description="share of a step's tokens in language-model windows")
+    learning_rate: PositiveFloat = Field(5e-4, description="peak learning rate of AdamW")
+    min_learning_rate_ratio: float = Field(0.1, ge=0, le=1, description="the cosine ends at this share of the peak rate")
+    warmup_steps: int = Field(4, ge=0, description="steps of linear warm-up; the first counted step already has a rate above 0")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay of the adapters")
+    max_grad_norm: PositiveFloat = Field(1.0, description="gradients are clipped once a step to this global norm")
+    seed: int = Field(0, ge=0, description="seed of the data order and of the adapters")
+
+    validation_share: float = Field(
+        0.05, gt=0, lt=0.5, description="share of the documents held out to choose the best weights"
+    )
+    validation_windows: PositiveInt = Field(4, description="held-out windows of one validation")
+    validation_every: PositiveInt = Field(10, description="steps between validations")
+    checkpoint_every: PositiveInt = Field(10, description="steps between checkpoints")
+    resume: bool = Field(False, description="go on from the newest checkpoint in OUT")
+
+    dtype: Literal["bf16", "fp32"] = Field("bf16", description="dtype of the frozen weights and the arithmetic: bf16 or fp32")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes a CUDA device where there is one")
+    evaluate: bool = Field(True, description="measure native, stretched and restored before the result is published")
+    evaluation: EvalConfig = Field(EvalConfig(), description="what to measure; the held-out documents where it names no data")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if not any(weight > 0 for weight in self.weights.values()):
+            raise ValueError("at least one objective needs a weight above 0")
+        if any(weight < 0 for weight in self.weights.values()):
+            raise ValueError("objective weights cannot be negative")
+        if self.alpha is not None and self.trainable == "full":
+            raise ValueError("alpha belongs to trainable 'lora', this run trains full-rank deltas")
+        return self
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Weight of each objective in use."""
+        chosen = RECIPES[self.recipe] if self.objectives is None else self.objectives
+        return {name: weight for name, weight in chosen.items() if weight != 0}
+
+    @property
+    def distils(self) -> bool:
+        """Whether any objective compares the student with the teacher."""
+        return any(name != "lm" for name in self.weights)

@@ -1,0 +1,233 @@
+"""Documents in, windows of token ids out: read, split by document, tokenized once, packed, shuffled by seed.
+
+The order of windows is a pure function of (seed, epoch), so a resumed run continues where it stopped without any stored
+iterator state.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from ard_serve.console import progress
+from ard_serve.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_TEXT_SUFFIXES = {".txt", ".md"}
+_SUFFIXES = _TEXT_SUFFIXES | {".jsonl", ".parquet"}
+_TEXT_FIELD = "text"
+_TOKENIZE_CHARS = 200_000
+
+
+@dataclass(frozen=True)
+class Document:
+    """One text and where it came from."""
+
+    source: str
+    text: str
+
+
+@dataclass(frozen=True)
+class TokenStream:
+    """Documents packed head to tail.
+
+    Attributes:
+        ids: [N] token ids.
+        documents: how many documents it holds.
+        sha256: identifies the ids.
+    """
+
+    ids: np.ndarray
+    documents: int
+
+    @property
+    def sha256(self) -> str:
+        return hashlib.sha256(self.ids.tobytes()).hexdigest()
+
+
+def read_documents(sources: Sequence[str]) -> list[Document]:
+    """Read every source: a file, a folder of files, or a dataset name that `datasets` resolves.
+
+    Raises:
+        DataError: names the file, and the line where there is one.
+    """
+    documents: list[Document] = []
+    for source in sources:
+        path = Path(source)
+        if path.is_dir():
+            files = sorted(p for p in path.rglob("*") if p.suffix in _SUFFIXES and p.is_file())
+            if not files:
+                raise DataError(f"{path}: no {', '.join(sorted(_SUFFIXES))} file in this folder")
+            for file in files:
+                documents.extend(_read_file(file))
+        elif path.exists():
+            documents.extend(_read_file(path))
+        else:
+            documents.extend(_read_dataset(source))
+    return documents
+
+
+def write_documents(documents: Sequence[Document], path: Path) -> None:
+    """Write documents as a JSONL file that `read_documents` reads back."""
+    with path.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps({_TEXT_FIELD: document.text, "source": document.source}) + "\n" for document in documents)
+
+
+def _read_file(path: Path) -> Iterator[Document]:
+    if path.suffix == ".parquet":
+        yield from _read_parquet(path)
+    elif path.suffix == ".jsonl":
+        yield from _read_jsonl(path)
+    elif path.suffix in _TEXT_SUFFIXES:
+        text = _decode(path)
+        if not text.strip():
+            raise DataError(f"{path}: the file is empty")
+        yield Document(str(path), text)
+    else:
+        raise DataError(f"{path}: unknown kind of file; known: {', '.join(sorted(_SUFFIXES))}")
+
+
+def _decode(path: Path) -> str:
+    raw = path.read_bytes()
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise DataError(f"{path}:{line}: not UTF-8 (byte 0x{raw[error.start]:02x}); convert the file first") from None
+
+
+def _read_jsonl(path: Path) -> Iterator[Document]:
+    for number, line in enumerate(_decode(path).split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            text = json.loads(line)[_TEXT_FIELD]
+        except (ValueError, KeyError, TypeError):
+            text = None
+        if not isinstance(text, str):
+            raise DataError(f'{path}:{number}: expected a JSON object with a string field "{_TEXT_FIELD}"')
+        yield Document(f"{path}:{number}", text)
+
+
+def _read_parquet(path: Path) -> Iterator[Document]:
+    import pyarrow.parquet as pq
+
+    try:
+        column = pq.read_table(path, columns=[_TEXT_FIELD]).column(_TEXT_FIELD)
+    except (OSError, KeyError, ValueError) as error:
+        raise DataError(f'{path}: cannot read column "{_TEXT_FIELD}" ({str(error).splitlines()[0]})') from None
+    for number, text in enumerate(column.to_pylist(), 1):
+        if not isinstance(text, str):
+            raise DataError(f'{path}: row {number}: column "{_TEXT_FIELD}" holds no string')
+        yield Document(f"{path}:{number}", text)
+
+
+def _read_dataset(name: str) -> Iterator[Document]:
+    if name.startswith((".", "/", "~")) or name.endswith(tuple(_SUFFIXES)):
+        raise DataError(f"{name}: no such file or folder")
+    import datasets
+
+    try:
+        rows = datasets.load_dataset(name, split="train")
+    except Exception as error:  # noqa: BLE001 - any failure to find or fetch it means the same to the user
+        reason = str(error).splitlines()[0]
+        raise DataError(
+            f"{name}: neither a file nor a folder here, and not a dataset that could be loaded ({reason})"
+        ) from None
+    if _TEXT_FIELD not in rows.column_names:
+        raise DataError(f'{name}: the dataset has no column "{_TEXT_FIELD}" but {", ".join(rows.column_names)}')
+    for number, text in enumerate(rows[_TEXT_FIELD], 1):
+        yield Document(f"{name}:{number}", text)
+
+
+def split_documents(documents: Sequence[Document], validation_share: float, seed: int) -> tuple[list[Document], list[Document]]:
+    """Split whole documents into (train, validation); at least one document on each side.
+
+    A corpus of one document cannot be split and is refused: validation on trained text proves nothing.
+    """
+    if len(documents) < 2:
+        raise DataError(f"{len(documents)} document in the data: at least 2 are needed, one is held out for validation")
+    order = np.random.default_rng(seed).permutation(len(documents))
+    held = min(len(documents) - 1, max(1, round(validation_share * len(documents))))
+    validation = set(order[:held].tolist())
+    train = [document for index, document in enumerate(documents) if index not in validation]
+    return train, [documents[index] for index in sorted(validation)]
+
+
+def tokenize(documents: Sequence[Document], tokenizer: "PreTrainedTokenizerBase", vocab_size: int) -> TokenStream:
+    """Tokenize and pack documents: BOS before each where the tokenizer puts one, EOS behind it.
+
+    Raises:
+        DataError: a token id the model has no embedding for.
+    """
+    starts = bos_ids(tokenizer)
+    ends = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
+    parts: list[np.ndarray] = []
+    with progress("tokenize", sum(len(document.text) for document in documents)) as bar:
+        for document in documents:
+            ids = list(starts)
+            for piece in _pieces(document.text):
+                ids += tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"]
+                bar.advance(len(piece))
+            if ids and max(ids) >= vocab_size:
+                limit = f"the model has {vocab_size} embeddings; use the model's own tokenizer"
+                raise DataError(f"{document.source}: token id {max(ids)}, but {limit}")
+            parts.append(np.array(ids + ends, dtype=np.int32))
+    return TokenStream(np.concatenate(parts), len(documents))
+
+
+def bos_ids(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+    """What the tokenizer itself puts before a text; SmolLM2 has a BOS token and does not."""
+    with_special = tokenizer("a")["input_ids"]
+    return [tokenizer.bos_token_id] if with_special and with_special[0] == tokenizer.bos_token_id else []
+
+
+def _pieces(text: str) -> Iterator[str]:
+    """Cut at line ends, where no byte-level tokenizer merges across, so that progress shows and memory stays flat."""
+    at = 0
+    while at < len(text):
+        end = at + _TOKENIZE_CHARS
+        newline = text.rfind("\n", at, end) if end < len(text) else -1
+        cut = newline + 1 if newline > at else end
+        yield text[at:cut]
+        at = cut
+
+
+class Windows:
+    """Windows of `length` tokens over a stream, without end: each epoch a new order and a new offset, both by seed."""
+
+    def __init__(self, stream: TokenStream, length: int, seed: int) -> None:
+        """Raises DataError when the stream is shorter than one window."""
+        if len(stream.ids) < length:
+            raise DataError(
+                f"{len(stream.ids)} tokens of text, fewer than one window of {length}: give more data or a shorter window"
+            )
+        self.length = length
+        self._ids, self._seed = stream.ids, seed
+        # The last window is given up where the stream is longer, so that every epoch can start at another offset.
+        self.per_epoch = max(1, len(stream.ids) // length - 1)
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        """Window number `index` of the endless sequence: [1, length] int64."""
+        epoch, place = divmod(index, self.per_epoch)
+        generator = np.random.default_rng((self._seed, self.length, epoch))
+        slack = len(self._ids) - self.per_epoch * self.length
+        offset = int(generator.integers(0, slack + 1))
+        start = offset + int(generator.permutation(self.per_epoch)[place]) * self.length
+        return torch.from_numpy(self._ids[start : start + self.length].astype(np.int64))[None]
+
+
+def evenly_spaced(stream: TokenStream, length: int, count: int) -> list[torch.Tensor]:
+    """At most `count` windows spread over the stream, always the same: what validation reads. Each [1, length]."""
+    fits = len(stream.ids) // length
+    if fits == 0:
+        raise DataError(f"{len(stream.ids)} tokens held out for validation, fewer than one window of {length}")
+    starts = np.linspace(0, len(stream.ids) - length, min(count, fits)).astype(int)
+    return [torch.from_numpy(stream.ids[start : start + length].astype(np.int64))[None] for start in starts]

@@ -1,0 +1,196 @@
+"""One restoration from end to end: check, load, train, merge, verify, measure, publish."""
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from ard_serve import console
+from ard_serve.artifact import DataRecord, Quality, RecipeRecord
+from ard_serve.errors import ResourceError, UsageError
+from restore import checkpoint, metrics, report
+from restore.config import RestoreConfig
+from restore.data import read_documents, split_documents, tokenize, write_documents
+from restore.evaluate import evaluate_restoration
+from restore.evaluation.compare import served_limit
+from restore.evaluation.results import EvaluationReport
+from restore.export import Assessment, Provenance, Reference, check_room, export
+from restore.inspection import read_config
+from restore.loading import Checkpoint, inspect, load, load_tokenizer, resolve
+from restore.model import TwoFaced
+from restore.rope import RopePlan, plan_rope
+from restore.runfolder import CHECKPOINTS, CONFIG, DATA, HELD_OUT, MODEL, StopSignal, locked
+from restore.trainer import Trainer, plan_steps
+
+_REFERENCE_TOKENS = 256
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A base model that passed every check, with fresh adapters on it."""
+
+    config: RestoreConfig
+    base: Checkpoint
+    rope: RopePlan
+    faces: TwoFaced
+
+
+def run(config: RestoreConfig) -> int:
+    """Restore a model as `config` says and publish it at OUT/model; returns the exit code."""
+    with locked(config.out), StopSignal() as stop:
+        _refuse_overwriting(config)
+        with _memory_errors(config):
+            loaded, trainer = _prepare(config)
+            state = trainer.train(lambda: stop.received is not None)
+        if stop.received is not None and state.step < trainer.plan.steps:
+            console.err.print(f"stopped by {stop.received.name} at step {state.step} of {trainer.plan.steps}; go on with:")
+            console.err.print(f"ard restore --config {config.out / CONFIG} --resume", soft_wrap=True, highlight=False)
+            return stop.exit_code
+        measure = partial(_measure, loaded) if config.evaluate else None
+        _publish(loaded, state.step, state.tokens, config.out / MODEL, measure)
+    return 0
+
+
+def export_run(folder: Path, out: Path | None, evaluation: Path | None) -> int:
+    """Merge and publish the best weights of the restoration in `folder` again; returns the exit code.
+
+    Args:
+        folder: the OUT of `ard restore`.
+        out: where to publish; `folder`/model when None.
+        evaluation: an evaluation.json of this model, for its card and manifest.
+    """
+    if not (folder / CONFIG).exists():
+        raise UsageError(f"{folder}: not a restoration, it has no {CONFIG}; give the OUT of `ard restore`")
+    config = RestoreConfig.resolve(folder / CONFIG, {"out": folder})
+    found = report.read(evaluation) if evaluation else None
+    with locked(folder), _memory_errors(config):
+        newest = checkpoint.load_newest(folder / CHECKPOINTS)
+        if newest is None:
+            raise UsageError(f"{folder}: no whole checkpoint to export; run `ard restore --config {folder / CONFIG}` first")
+        state, tensors = newest
+        loaded = _load(config)
+        loaded.faces.adapters.load_state(checkpoint.group(tensors, "best"))
+        _publish(loaded, state.step, state.tokens, out or folder / MODEL, (lambda _: found) if found else None)
+    return 0
+
+
+def _prepare(config: RestoreConfig) -> tuple[Loaded, Trainer]:
+    """Every check from the cheapest on, then the data, then the weights."""
+    folder = resolve(config.model)
+    rope = plan_rope(read_config(folder), config.target_length, config.rope_type, config.native_window, config.rope_theta)
+    plan = plan_steps(config, rope)
+    _log.info("%s: %d tokens to %d, %s", folder, rope.native_window, rope.target_length, rope.rope_type)
+    shape = (plan.steps, plan.step_tokens, plan.short_windows, plan.window, plan.long_windows, plan.long_window)
+    _log.info("%d steps of %d tokens: %d x %d to distil, %d x %d for lm", *shape)
+    train_documents, held_documents = split_documents(read_documents(config.data), config.validation_share, config.seed)
+    loaded = _load(config)
+    check_room(loaded.base, config.out / MODEL)
+    tokenizer, vocab_size = load_tokenizer(folder), int(loaded.base.config["vocab_size"])
+    train, held = (tokenize(documents, tokenizer, vocab_size) for documents in (train_documents, held_documents))
+    trainer = Trainer(loaded.faces, config, rope, train, held, config.out)
+    config.save(config.out / CONFIG)
+    write_documents(held_documents, config.out / HELD_OUT)
+    record = DataRecord(source=", ".join(config.data), documents=train.documents, tokens=len(train.ids), sha256=train.sha256)
+    (config.out / DATA).write_text(record.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    return loaded, trainer
+
+
+def _load(config: RestoreConfig) -> Loaded:
+    base = inspect(resolve(config.model))
+    rope = plan_rope(base.config, config.target_length, config.rope_type, config.native_window, config.rope_theta)
+    model = load(base.folder, _dtype(config), _device(config), rope.native_config(base.config))
+    return Loaded(config, base, rope, TwoFaced(model, rope, config))
+
+
+def _measure(loaded: Loaded, folder: Path) -> EvaluationReport:
+    """Native, stretched and restored on the held-out documents, or on what the config names."""
+    config = loaded.config
+    settings = config.evaluation.model_copy(update={"dtype": config.dtype, "device": config.device})
+    if not settings.data:
+        settings = settings.model_copy(update={"data": (str(config.out / HELD_OUT),)})
+    return evaluate_restoration(folder, loaded.base.folder, loaded.rope.target_length, settings)
+
+
+def _publish(loaded: Loaded, steps: int, tokens: int, out: Path, measure: Callable[[Path], EvaluationReport] | None) -> None:
+    config, rope = loaded.config, loaded.rope
+    recipe = RecipeRecord(
+        name=config.recipe if config.objectives is None else "custom",
+        objectives=config.weights,
+        trainable=f"LoRA of rank {config.rank}" if config.trainable == "lora" else "full-rank deltas",
+        steps=steps,
+        tokens=tokens,
+        seed=config.seed,
+    )
+    data = DataRecord.model_validate_json((config.out / DATA).read_bytes())
+    done = report.Restoration(config.model, rope.native_window, rope.target_length, rope.rope_type, recipe, data)
+
+    def assess(folder: Path) -> Assessment:
+        found = measure(folder) if measure else None
+        card = report.model_card(done, found)
+        if found is None:
+            return Assessment(card)
+        report.print_summary(found)
+        paths = report.write(found, config.out, done, metrics.read(config.out))
+        return Assessment(card, _quality(found, rope), tuple(paths))
+
+    provenance = Provenance(config.model, recipe, data)
+    with _memory_errors(config):
+        export(loaded.base, rope, loaded.faces.adapters.delta, out, provenance, reference=_reference(loaded), assess=assess,
+               device=_device(config))  # fmt: skip
+    console.out.print(f"restored model: {out}", highlight=False, soft_wrap=True)
+
+
+def _quality(found: EvaluationReport, rope: RopePlan) -> Quality:
+    scores = {model.name: model.scores for model in found.models}
+    if missing := {"native", "stretched", "restored"} - scores.keys():
+        raise UsageError(
+            f"the evaluation has no model named {', '.join(sorted(missing))}; make it with `ard eval` of this export"
+        )
+    limit = served_limit(scores["native"], scores["restored"], rope.native_window)
+    return Quality(**{name: scores[name] for name in ("native", "stretched", "restored")}, served_limit=limit)
+
+
+@torch.no_grad()
+def _reference(loaded: Loaded) -> Reference:
+    """Logits of the unmerged student on tokens spread over the vocabulary: what the export must give too."""
+    spread = torch.randperm(int(loaded.base.config["vocab_size"]), generator=torch.Generator().manual_seed(0))
+    ids_BT = spread[None, :_REFERENCE_TOKENS]
+    model = loaded.faces.model
+    with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=loaded.config.dtype == "bf16"):
+        logits_BTV = model(ids_BT.to(model.device)).logits
+    return Reference(ids_BT, logits_BTV.float().cpu(), _dtype(loaded.config))
+
+
+def _refuse_overwriting(config: RestoreConfig) -> None:
+    if not config.resume and any((config.out / CHECKPOINTS).glob("step-*")):
+        raise UsageError(f"{config.out}: holds an earlier run; add --resume to go on with it, or choose another --out")
+
+
+def _device(config: RestoreConfig) -> torch.device:
+    available = torch.cuda.is_available()
+    if config.device == "cuda" and not available:
+        raise UsageError("device = cuda: no CUDA device is visible here; use --device cpu or auto")
+    return torch.device("cuda" if available and config.device != "cpu" else "cpu")
+
+
+def _dtype(config: RestoreConfig) -> torch.dtype:
+    return torch.bfloat16 if config.dtype == "bf16" else torch.float32
+
+
+@contextmanager
+def _memory_errors(config: RestoreConfig) -> Iterator[None]:
+    """Turn running out of memory, on the device or the host, into one line that says what to shrink."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        short, long = config.window or "the native window", config.long_window or "four times as many"
+        reason = (str(error).splitlines() or ["host"])[0]
+        raise ResourceError(
+            f"out of memory ({reason}): windows of {short} and {long} tokens, rank {config.rank}; "
+            "try half of --window and --long-window, or a lower --rank"
+        ) from None

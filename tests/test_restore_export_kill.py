@@ -1,0 +1,183 @@
+"""An export that is killed, or whose disk fails, at any moment: the old one or the new one is there, whole."""
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from ard_serve import artifact
+
+MakeCheckpoint = Callable[..., Path]
+
+# One process imports torch, then forks a child for each moment at which an export is killed; a child is a whole export.
+FORKS = """
+    import os, signal, sys
+    from pathlib import Path
+    import torch
+    torch.set_num_threads(1)
+    from ard_serve.artifact import RecipeRecord
+    from restore.export import Assessment, Provenance, Reference, export
+    from restore.inspection import inspect
+    from restore.loading import load
+    from restore.rope import plan_rope
+
+    base = inspect(Path(sys.argv[1]))
+    plan = plan_rope(base.config, 512)
+    recipe = RecipeRecord(name="default", objectives={}, trainable="lora", steps=1, tokens=1, seed=0)
+    ids = torch.arange(3, 35)[None]
+
+    @torch.no_grad()
+    def run(value, out):
+        def delta(name):
+            return torch.full(base.tensors[name].shape, value) if "q_proj.weight" in name else None
+        model = load(base.folder, torch.float32, config=plan.target_config(base.config))
+        for name, parameter in model.named_parameters():
+            parameter += 0 if delta(name) is None else delta(name)
+        reference = Reference(ids, model(ids).logits, torch.float32)
+        os.kill(os.getpid(), signal.SIGSTOP)
+        export(base, plan, delta, out, Provenance(str(value), recipe), reference=reference,
+               assess=lambda folder: Assessment("card"), compare_vllm=False)
+
+    print("ready", flush=True)
+    for line in sys.stdin:
+        value, out = line.split()
+        child = os.fork()
+        if child == 0:
+            try:
+                run(float(value), Path(out))
+            except BaseException as error:
+                print(repr(error), file=sys.stderr, flush=True)
+                os._exit(getattr(error, "exit_code", 1))
+            os._exit(0)
+        os.waitpid(child, os.WUNTRACED)
+        print(child, flush=True)
+        _, status = os.waitpid(child, 0)
+        print(os.waitstatus_to_exitcode(status), flush=True)
+"""
+
+
+class Forks:
+    """Exports that forked children make; each is stopped before it begins to write, until `go`."""
+
+    def __init__(self, base: Path) -> None:
+        command = [sys.executable, "-c", textwrap.dedent(FORKS), str(base)]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        assert self._read() == "ready"
+
+    def start(self, value: float, out: Path) -> int:
+        """Fork an export of base + value and return its pid."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(f"{value} {out}\n")
+        self.process.stdin.flush()
+        return int(self._read())
+
+    def finish(self, pid: int, fault: str | None = None, path: Path | None = None) -> int:
+        """Let the export go on, under a fault of strace's (at `path` alone); returns its exit code, negative for a signal."""
+        if fault is None:
+            os.kill(pid, signal.SIGCONT)
+            return int(self._read())
+        where = ["-P", str(path)] if path else []
+        command = ["strace", "-f", "-o", "/dev/null", "-p", str(pid), *where, f"--inject={fault}"]
+        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as tracer:
+            assert tracer.stderr is not None
+            assert "attached" in tracer.stderr.readline()
+            os.kill(pid, signal.SIGCONT)
+            code = int(self._read())
+            tracer.communicate(timeout=30)
+        return code
+
+    def kill_after(self, pid: int, seconds: float) -> int:
+        """Let the export go on and kill it after so long."""
+        os.kill(pid, signal.SIGCONT)
+        time.sleep(seconds)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+        return int(self._read())
+
+    def close(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait(30)
+
+    def _read(self) -> str:
+        assert self.process.stdout is not None
+        return self.process.stdout.readline().strip()
+
+
+@pytest.fixture(scope="module")
+def forks(make_checkpoint: MakeCheckpoint) -> Iterator[Forks]:
+    server = Forks(make_checkpoint("llama3", "60KB"))
+    yield server
+    server.close()
+
+
+def whole_export(out: Path) -> float:
+    """What was added to the base in the export at `out`, which must be whole."""
+    manifest = artifact.read_manifest(out)
+    assert manifest is not None
+    artifact.verify(out, manifest)
+    return float(manifest.base.name)
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.mark.fault("E1")
+def test_kill_at_any_time_leaves_the_old_export_or_the_new(forks: Forks, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    started = time.monotonic()
+    assert forks.finish(forks.start(0.0, out)) == 0
+    whole_s = time.monotonic() - started
+    killed = 0
+    for moment in range(12):
+        old = whole_export(out)
+        killed += forks.kill_after(forks.start(old + 1 / 64, out), whole_s * moment / 12) == -signal.SIGKILL
+        assert whole_export(out) in (old, old + 1 / 64)
+    assert killed >= 3
+    assert forks.finish(forks.start(1.0, out)) == 0
+    assert whole_export(out) == 1.0
+    assert [path.name for path in tmp_path.iterdir()] == ["out"], "the next export removes what the killed ones left"
+
+
+@pytest.mark.fault("E1")
+def test_kill_at_each_system_call_that_publishes(forks: Forks, tmp_path: Path) -> None:
+    """strace kills the export at chosen calls: the old one is there until the exchange, the new one from then on."""
+    if shutil.which("strace") is None:
+        pytest.skip("needs strace")
+    out = tmp_path / "out"
+    assert forks.finish(forks.start(0.0, out)) == 0
+    synced = len(snapshot(out)) + 1
+    before = ["mkdir:signal=KILL", "fsync:signal=KILL:when=1", "fsync:signal=KILL:when=5", f"fsync:signal=KILL:when={synced}"]
+    # With an error the call itself is not done: the process dies just before the exchange.
+    before.append("renameat2:error=EINTR:signal=KILL")
+    after = [f"fsync:signal=KILL:when={synced + 1}", "unlinkat:signal=KILL:when=1", "unlinkat:signal=KILL:when=3"]
+    for fault in (*before, *after):
+        old = whole_export(out)
+        assert forks.finish(forks.start(old + 1, out), fault) == -signal.SIGKILL, fault
+        assert whole_export(out) == (old if fault in before else old + 1), fault
+        for leftover in tmp_path.glob(".out.tmp-*"):
+            shutil.rmtree(leftover)
+
+
+@pytest.mark.fault("R12")
+@pytest.mark.parametrize("fault", ["write:error=ENOSPC", "fsync:error=EIO:when=4", "renameat2:error=EROFS"])
+def test_disk_that_fails_leaves_the_old_export(forks: Forks, tmp_path: Path, fault: str) -> None:
+    if shutil.which("strace") is None:
+        pytest.skip("needs strace")
+    out = tmp_path / "out"
+    assert forks.finish(forks.start(0.0, out)) == 0
+    before = snapshot(out)
+    pid = forks.start(1.0, out)
+    shard = tmp_path / f".out.tmp-{pid}" / "model-00002-of-00007.safetensors"
+    assert forks.finish(pid, fault, shard if fault.startswith("write") else None) == 5
+    assert snapshot(out) == before
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]

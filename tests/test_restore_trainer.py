@@ -1,0 +1,225 @@
+"""Training: what a step does, what is kept, and that a run which stopped goes on as if it had not."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from ard_serve.errors import DataError, NumericsError, ResourceError, UsageError
+from restore import checkpoint, metrics
+from restore.config import RestoreConfig
+from restore.data import TokenStream
+from restore.loading import load
+from restore.model import TwoFaced
+from restore.rope import plan_rope
+from restore.trainer import Trainer, learning_rate, plan_steps
+
+CONFIG = {"vocab_size": 259, "model_type": "llama", "max_position_embeddings": 128, "hidden_size": 64, "num_attention_heads": 4}
+
+
+def settings(**values: Any) -> RestoreConfig:
+    defaults = {"model": "m", "target_length": 512, "data": ("x",), "out": "o", "rank": 4, "dtype": "fp32"}
+    small = {"window": 64, "long_window": 128, "batch_tokens": 256, "steps": 6, "validation_every": 2, "checkpoint_every": 2}
+    return RestoreConfig.model_validate(defaults | small | {"learning_rate": 0.01, "warmup_steps": 1} | values)
+
+
+@pytest.fixture
+def make_trainer(make_checkpoint: Callable[..., Path], tmp_path: Path) -> Callable[..., Trainer]:
+    """A trainer over a fresh copy of the same tiny model; the text is a repeated pattern, so that it can be learnt."""
+
+    def make(folder: str = "run", **values: Any) -> Trainer:
+        base = make_checkpoint("llama3")
+        config = settings(**values)
+        rope = plan_rope(json.loads((base / "config.json").read_text()), config.target_length, config.rope_type)
+        faces = TwoFaced(load(base, torch.float32), rope, config)
+        pattern = np.tile(np.arange(17, dtype=np.int32) * 13 % 251, 200)
+        train, held = TokenStream(pattern[:2400], 3), TokenStream(pattern[2400:], 1)
+        return Trainer(faces, config, rope, train, held, tmp_path / folder)
+
+    return make
+
+
+def weights_of(trainer: Trainer) -> dict[str, torch.Tensor]:
+    return {name: value.detach().clone() for name, value in trainer._parameters.items()}
+
+
+def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_the_rate_is_never_zero_warms_up_and_ends_at_its_floor() -> None:
+    config = settings(warmup_steps=4, min_learning_rate_ratio=0.1)
+    rates = [learning_rate(config, step, 20) for step in range(20)]
+    assert rates[0] == pytest.approx(0.01 / 5)
+    assert rates[:4] == sorted(rates[:4])
+    assert max(rates) == rates[4] == pytest.approx(0.01)
+    assert rates[4:] == sorted(rates[4:], reverse=True)
+    assert rates[-1] == pytest.approx(0.001)
+
+
+def test_a_step_is_filled_with_windows_of_both_kinds() -> None:
+    rope = plan_rope(CONFIG, 512)
+    plan = plan_steps(settings(window=None, long_window=None, batch_tokens=2048, steps=None, tokens=20_000), rope)
+    assert (plan.window, plan.short_windows, plan.long_window, plan.long_windows) == (128, 8, 512, 2)
+    assert (plan.step_tokens, plan.steps) == (2048, 10)
+    wide = plan_steps(settings(window=None, long_window=None, batch_tokens=256, long_share=0.25), rope)
+    assert (wide.short_windows, wide.long_windows) == (12, 1), "a share is kept where one long window is more than it"
+    assert plan_steps(settings(recipe="linearard"), rope).long_windows == 0
+    assert plan_steps(settings(recipe="cpt"), rope).short_windows == 0
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ({"window": 129}, "window = 129: the teacher reads at most its native window of 128"),
+        ({"long_window": 513}, "long_window = 513: at most the target length of 512"),
+        ({"recipe": "cpt", "long_share": 0.0}, "long_share = 0 leaves nothing to train"),
+    ],
+)
+def test_windows_nobody_can_read_are_refused(values: dict[str, Any], says: str) -> None:
+    with pytest.raises(UsageError, match=says):
+        plan_steps(settings(**values), plan_rope(CONFIG, 512))
+
+
+@pytest.mark.parametrize("objectives", [("self_relation", "attention", "logits"), ("lm",)])
+def test_training_lowers_its_objectives_and_records_each_step(
+    make_trainer: Callable[..., Trainer], tmp_path: Path, objectives: tuple[str, ...]
+) -> None:
+    trainer = make_trainer(steps=12, rope_type="linear", objectives=dict.fromkeys(objectives, 1.0))
+    state = trainer.train()
+    rows = metrics.read(tmp_path / "run")
+    assert [row["step"] for row in rows] == list(range(13))
+    for objective in objectives:
+        assert rows[12]["validation"][objective] < rows[0]["validation"][objective], objective
+    assert state.tokens == 12 * 256
+    step = rows[1]
+    assert {"loss", "grad_norm", "learning_rate", "tokens_per_s", "peak_memory_bytes", *objectives} <= step.keys()
+    assert len(step["layer_kl"]) == (2 if "attention" in objectives else 0)
+    assert step["loss"] == pytest.approx(sum(step[name] for name in objectives))
+    assert list((tmp_path / "run" / "tensorboard").iterdir())
+
+
+def test_gradients_are_clipped_once_to_the_norm_of_the_whole_step(make_trainer: Callable[..., Trainer]) -> None:
+    trainer = make_trainer(max_grad_norm=1e-3)
+    trainer._step()
+    total = torch.stack([p.grad.norm() for p in trainer._parameters.values() if p.grad is not None]).norm()
+    assert float(total) == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_accumulated_windows_give_the_mean_gradient(make_trainer: Callable[..., Trainer]) -> None:
+    """Two windows in a step pull as the mean of each alone does."""
+
+    def gradient(trainer: Trainer, window: torch.Tensor, share: float) -> list[torch.Tensor]:
+        loss, _, _ = trainer._losses.distil(window)
+        return [g * share for g in torch.autograd.grad(loss, list(trainer._parameters.values()))]
+
+    trainer = make_trainer(recipe="distill", batch_tokens=128, max_grad_norm=1e9)
+    assert trainer.plan.short_windows == 2
+    assert trainer._short is not None
+    apart = [gradient(trainer, trainer._short[index], 0.5) for index in (0, 1)]
+    trainer._accumulate(0)
+    for parameter, one, two in zip(trainer._parameters.values(), *apart, strict=True):
+        assert parameter.grad is not None
+        torch.testing.assert_close(parameter.grad, one + two)
+
+
+@pytest.mark.fault("R14")
+@pytest.mark.parametrize("stop_after", [1, 2, 5])
+def test_a_stopped_run_resumes_bit_equal(make_trainer: Callable[..., Trainer], tmp_path: Path, stop_after: int) -> None:
+    whole = make_trainer("whole")
+    whole.train()
+    stopped = make_trainer("halves")
+    state = stopped.train(should_stop=lambda: stopped.state.step == stop_after)
+    assert state.step == stop_after
+    resumed = make_trainer("halves", resume=True)
+    final = resumed.train()
+    assert equal(weights_of(resumed), weights_of(whole))
+    assert final == whole.state
+
+    def losses(folder: str) -> list[tuple[int, float]]:
+        return [(row["step"], row["loss"]) for row in metrics.read(tmp_path / folder) if "loss" in row]
+
+    assert losses("halves") == losses("whole")
+
+
+@pytest.mark.fault("R15")
+def test_a_damaged_checkpoint_is_passed_over(
+    make_trainer: Callable[..., Trainer], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole = make_trainer("whole")
+    whole.train()
+    make_trainer("run").train()
+    newest = tmp_path / "run" / "checkpoints" / "step-000006" / "tensors.safetensors"
+    data = bytearray(newest.read_bytes())
+    data[-1] ^= 1
+    newest.write_bytes(data)
+    resumed = make_trainer("run", resume=True)
+    resumed.train()
+    assert "step-000006: damaged checkpoint (sha256 mismatch)" in caplog.text
+    assert equal(weights_of(resumed), weights_of(whole))
+
+
+@pytest.mark.fault("R16")
+def test_resuming_with_other_settings_is_refused_with_the_difference(make_trainer: Callable[..., Trainer]) -> None:
+    make_trainer("run").train()
+    with pytest.raises(UsageError, match=r"resume: learning_rate is 0\.02, the checkpoint was made with 0\.01"):
+        make_trainer("run", resume=True, learning_rate=0.02).train()
+
+
+@pytest.mark.fault("R17")
+def test_a_non_finite_loss_changes_no_weight_and_keeps_the_batch(make_trainer: Callable[..., Trainer], tmp_path: Path) -> None:
+    trainer = make_trainer()
+    (tmp_path / "run").mkdir()
+    before = weights_of(trainer)
+    # Damage deep inside a real forward: an infinite norm weight makes every logit NaN.
+    trainer._faces.model.model.norm.weight.data[3] = float("inf")
+    with pytest.raises(NumericsError, match=r"step 1: loss nan.*the weights were not changed") as refusal:
+        trainer._step()
+    assert equal(weights_of(trainer), before)
+    saved = json.loads((tmp_path / "run" / "bad-batch-step-1.json").read_text())
+    assert [len(window) for window in saved] == [64, 64, 128]
+    assert "--learning-rate" in str(refusal.value)
+    with pytest.raises(NumericsError, match="validation after step 0: loss nan"):
+        trainer.train()
+
+
+@pytest.mark.fault("R18")
+def test_the_best_weights_are_kept_when_a_run_diverges(make_trainer: Callable[..., Trainer]) -> None:
+    trainer = make_trainer(learning_rate=3.0, steps=8, validation_every=1)
+    state = trainer.train()
+    assert state.best_step == 0, "nothing such a rate reaches is better than the start"
+    assert all(not value.any() for name, value in weights_of(trainer).items() if name.endswith("lora_B"))
+
+
+@pytest.mark.fault("R12")
+def test_a_full_disk_keeps_the_last_good_checkpoint(
+    make_trainer: Callable[..., Trainer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = make_trainer()
+    with pytest.MonkeyPatch.context() as patch:
+        written: list[int] = []
+
+        def fails_the_second_time(tensors: dict[str, torch.Tensor], path: Path) -> None:
+            written.append(1)
+            if len(written) == 2:
+                path.write_bytes(b"half")
+                raise OSError(28, "No space left on device")
+            save_file(tensors, path)
+
+        patch.setattr(checkpoint, "save_file", fails_the_second_time)
+        with pytest.raises(ResourceError, match=r"step-000004: cannot write .*No space left.*last good one is .*step-000002"):
+            trainer.train()
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-000002"]
+    found = checkpoint.load_newest(tmp_path / "run" / "checkpoints")
+    assert found is not None
+    assert found[0].step == 2
+
+
+def test_validation_text_shorter_than_a_window_is_refused(make_trainer: Callable[..., Trainer]) -> None:
+    with pytest.raises(DataError, match="held out for validation, fewer than one window of 2048"):
+        make_trainer(target_length=4096, long_window=2048)

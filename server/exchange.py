@@ -1,0 +1,222 @@
+"""One request's life: counted, admitted, sent to the engine, its answer passed on byte for byte, and always an end."""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import aiohttp
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from server.admission import Admission, Ticket
+from server.auth import Caller
+from server.call import Call, CallLimits
+from server.errors import ApiError, unavailable
+from server.metrics import Metrics
+from server.pace import Pace
+from server.sizing import Sized, size
+from server.upstream import Upstream, UpstreamError
+
+_LAST_WORDS_S = 1
+_STREAM_HEADERS = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache", "x-accel-buffering": "no"}
+_ERROR_EVENTS = (b'data: {"error"', b"event: error", b"event: response.failed")
+_BEFORE_PREFILL = (b"event: response.created", b"event: response.in_progress")
+_LAST_EVENTS = (b"data: [DONE]", b"event: response.completed", b"event: response.incomplete")
+
+
+class Engine(Protocol):
+    """What an exchange needs from whoever runs the engine."""
+
+    upstream: Upstream
+
+    def suspect(self) -> None: ...
+
+    def heard(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class Services:
+    """What every exchange shares. `timeout_s` is a request's deadline; `on_end` hears of each exchange's end."""
+
+    engine: Engine
+    admission: Admission
+    metrics: Metrics
+    pace: Pace
+    limits: CallLimits
+    timeout_s: float
+    on_end: Callable[["Exchange"], None]
+
+
+class Exchange(Response):
+    """The answer to one generation request.
+
+    It ends by itself, by its deadline, by the client's leaving or by `abort`; in each case the engine's work for it ends too.
+    """
+
+    def __init__(self, call: Call, caller: Caller, request_id: str, services: Services, headers: dict[str, str]) -> None:
+        super().__init__(headers={"x-request-id": request_id, **headers})
+        self.call, self.caller, self.request_id = call, caller, request_id
+        self.outcome, self.status, self.events = "lost", 0, 0
+        self.ttft_s: float | None = None
+        self.sized: Sized | None = None
+        self._services, self._engine = services, services.engine
+        self._started_at = self._last_event_at = time.monotonic()
+        self._work: asyncio.Task[None] | None = None
+        self._abort_error: ApiError | None = None
+
+    @property
+    def duration_s(self) -> float:
+        return time.monotonic() - self._started_at
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self._work = asyncio.create_task(self._serve(send))
+        gone = asyncio.create_task(_disconnected(receive))
+        try:
+            await asyncio.wait({self._work, gone}, return_when=asyncio.FIRST_COMPLETED)
+            if not self._work.done():
+                if self.outcome != "ok":
+                    self.outcome = "client_left"
+                self._work.cancel()
+            await asyncio.gather(self._work, return_exceptions=True)
+            if not self._work.cancelled() and (error := self._work.exception()):
+                raise error
+        finally:
+            gone.cancel()
+            self._work.cancel()
+            self._services.on_end(self)
+
+    def abort(self, error: ApiError) -> None:
+        """End now, telling the client why."""
+        if self._work and not self._work.done() and not self._abort_error:
+            self._abort_error = error
+            self._work.cancel()
+
+    async def _serve(self, send: Send) -> None:
+        try:
+            async with asyncio.timeout(self._services.timeout_s):
+                await self._generate(send)
+            return
+        except ApiError as caught:
+            error = caught
+        except TimeoutError:
+            error = ApiError(504, f"not finished within the deadline of {self._services.timeout_s:g} s", "deadline_exceeded")
+        except UpstreamError:
+            error = unavailable("the engine failed while it worked on this request; try again", "engine_failed")
+        except asyncio.CancelledError:
+            if not self._abort_error:
+                raise
+            error = self._abort_error
+        self.outcome = error.code
+        with contextlib.suppress(TimeoutError):  # a client that has stopped reading must not hold up its own end
+            async with asyncio.timeout(_LAST_WORDS_S):
+                await self._fail(error, send)
+
+    async def _generate(self, send: Send) -> None:
+        upstream = self._engine.upstream
+        self.sized = sized = await size(self.call, self._services.limits, self.caller.cache_salt, upstream, self.request_id)
+        reserve_tokens = self._services.admission.reserve_tokens(self.call.n, sized.prompt_tokens, sized.max_tokens)
+        async with self._services.admission.slot(reserve_tokens, max(sized.prompt_tokens)) as ticket:
+            self._services.metrics.queue_wait.labels(_lane(ticket)).observe(self.duration_s)
+            try:
+                async with upstream.open("POST", self.call.kind.path, sized.payload, self.request_id) as response:
+                    if self.call.stream and response.status == 200:
+                        await self._relay(response.content.iter_any(), ticket, send)
+                    else:
+                        await self._forward(response, ticket, send)
+            except UpstreamError:
+                self._engine.suspect()  # before the slot is free: the next in the queue must not run into the same engine
+                raise
+            finally:
+                kv_token_seconds = ticket.tokens * ticket.held_s()
+                self.caller.charge(kv_token_seconds)
+                self._services.metrics.kv_token_seconds.labels(self.caller.name).inc(kv_token_seconds)
+
+    async def _forward(self, response: aiohttp.ClientResponse, ticket: Ticket, send: Send) -> None:
+        body = await response.read()
+        if response.status >= 500:
+            raise UpstreamError(f"status {response.status}")
+        self._first_event(ticket)
+        self.outcome = "ok" if response.status < 400 else "refused_by_engine"
+        content_type = response.headers.get("content-type", "application/json")
+        await self._start(response.status, {"content-type": content_type, "content-length": str(len(body))}, send)
+        await send({"type": "http.response.body", "body": body})
+
+    async def _relay(self, chunks: AsyncIterator[bytes], ticket: Ticket, send: Send) -> None:
+        """Pass whole events on as they come. Bytes after an error or the last event are not passed on."""
+        await self._start(200, _STREAM_HEADERS, send)
+        pending = b""
+        async for chunk in chunks:
+            pending += chunk
+            end = pending.rfind(b"\n\n") + 2
+            if end < 2:
+                continue
+            events, pending = pending[:end], pending[end:]
+            if not events.startswith(_BEFORE_PREFILL):
+                self._count_event(ticket)
+            if (cut := _end_of_error(events)) is not None:
+                self.outcome = "engine_error"
+                self._engine.suspect()
+                await send({"type": "http.response.body", "body": events[:cut]})
+                return
+            await send({"type": "http.response.body", "body": events, "more_body": True})
+            if any(_starts(events, mark) for mark in _LAST_EVENTS):
+                self.outcome = "ok"
+        if self.outcome != "ok":
+            raise UpstreamError("the stream ended before its last event")
+        await send({"type": "http.response.body", "body": b""})
+
+    async def _fail(self, error: ApiError, send: Send) -> None:
+        if not self.status:
+            body = error.body()
+            await self._start(error.status, {**error.all_headers(), "content-length": str(len(body))}, send)
+            await send({"type": "http.response.body", "body": body})
+        elif self.call.stream:
+            await send({"type": "http.response.body", "body": error.event()})
+
+    async def _start(self, status: int, headers: dict[str, str], send: Send) -> None:
+        self.status = status
+        merged = {**{k: v for k, v in self.headers.items() if k != "content-length"}, **headers}
+        raw = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in merged.items()]
+        await send({"type": "http.response.start", "status": status, "headers": raw})
+
+    def _first_event(self, ticket: Ticket) -> None:
+        ticket.prefilled()
+        self.ttft_s = self.duration_s
+        if self.call.stream and self.sized:
+            self._services.pace.saw_prefill(sum(self.sized.prompt_tokens), ticket.held_s())
+        self._services.metrics.ttft.labels(_lane(ticket)).observe(self.ttft_s)
+
+    def _count_event(self, ticket: Ticket) -> None:
+        now = time.monotonic()
+        if self.events == 0:
+            self._first_event(ticket)
+        else:
+            self._services.metrics.gap.observe(now - self._last_event_at)
+            self._services.pace.saw_gap(now - self._last_event_at)
+        self._last_event_at = now
+        self.events += 1
+        self._engine.heard()
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def _lane(ticket: Ticket) -> str:
+    return "long" if ticket.is_long else "short"
+
+
+def _starts(events: bytes, mark: bytes) -> list[int]:
+    """Where an event begins with `mark`: inside an event's JSON no newline stands unescaped."""
+    found = events.find(b"\n" + mark)
+    return [0] if events.startswith(mark) else [found + 1] if found >= 0 else []
+
+
+def _end_of_error(events: bytes) -> int | None:
+    """Where the first error event ends, or None."""
+    starts = [at for mark in _ERROR_EVENTS for at in _starts(events, mark)]
+    return events.find(b"\n\n", min(starts)) + 2 if starts else None

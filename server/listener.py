@@ -1,0 +1,99 @@
+"""The listening address, and uvicorn on it: with a clock on the headers, without signal handlers of its own."""
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import uvicorn
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from ard_serve.errors import UsageError
+
+_BACKLOG = 1024
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A listening address, taken before the model loads.
+
+    Raises:
+        UsageError: another process has the port, or the address is not ours.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+        listener.listen(_BACKLOG)
+    except OSError as error:
+        listener.close()
+        raise UsageError(
+            f"{host}:{port}: cannot listen there ({error.strerror}); choose another with --port or --host"
+        ) from None
+    return listener
+
+
+def protocol(header_timeout_s: float) -> type[HttpToolsProtocol]:
+    """A protocol that closes a connection whose request headers take longer than `header_timeout_s` seconds."""
+
+    class TimedProtocol(HttpToolsProtocol):
+        _header_timer: asyncio.TimerHandle | None = None
+
+        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+            super().connection_made(transport)
+            self._expect_headers()
+
+        def data_received(self, data: bytes) -> None:
+            super().data_received(data)
+            idle = self.cycle is None or self.cycle.response_complete
+            if idle and self._header_timer is None and not self.transport.is_closing():
+                self._expect_headers()
+
+        def on_headers_complete(self) -> None:
+            self._stop_timer()
+            super().on_headers_complete()
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            self._stop_timer()
+            super().connection_lost(exc)
+
+        def _expect_headers(self) -> None:
+            self._header_timer = self.loop.call_later(header_timeout_s, self._too_slow)
+
+        def _too_slow(self) -> None:
+            self.transport.write(b"HTTP/1.1 408 Request Timeout\r\nconnection: close\r\ncontent-length: 0\r\n\r\n")
+            self.transport.close()
+
+        def _stop_timer(self) -> None:
+            if self._header_timer:
+                self._header_timer.cancel()
+                self._header_timer = None
+
+    return TimedProtocol
+
+
+class Server(uvicorn.Server):
+    """A uvicorn server whose owner handles the signals."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+def make_server(app: Callable[..., Any], header_timeout_s: float, idle_timeout_s: float) -> Server:
+    """A server for `app`; the times are in seconds."""
+    return Server(
+        uvicorn.Config(
+            app,
+            http=protocol(header_timeout_s),
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            timeout_keep_alive=round(max(1, idle_timeout_s)),
+            timeout_graceful_shutdown=1,
+            backlog=_BACKLOG,
+        )
+    )

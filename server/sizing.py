@@ -1,0 +1,103 @@
+"""How much of the window a call takes, told before it costs a prefill, and the body that goes to the engine."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from server.call import CHAT, COMPLETION, RESPONSES, Call, CallLimits
+from server.errors import ApiError, bad_request
+from server.upstream import Upstream, UpstreamError
+
+# A byte-level tokenizer makes at most one token of a byte, so a short body is bounded well enough without counting.
+_COUNT_FROM_BYTES = 1024
+
+
+@dataclass(frozen=True)
+class Sized:
+    """A call with its lengths in tokens, one prompt length for each prompt, and its body for the engine."""
+
+    prompt_tokens: tuple[int, ...]
+    max_tokens: int
+    payload: bytes
+
+
+async def size(call: Call, limits: CallLimits, salt: str | None, upstream: Upstream, request_id: str) -> Sized:
+    """Count the prompt where it matters, choose max_tokens where the client did not, and complete the body.
+
+    Raises:
+        ApiError: 400 with the prompt's length and the window's, if they do not go together.
+        UpstreamError: the engine did not count.
+    """
+    prompt_tokens = call.prompt_tokens or (len(call.body),) * call.prompts
+    longest = max(prompt_tokens)
+    is_tight = longest + (call.max_tokens or limits.default_max_tokens) > limits.window
+    if call.prompt_tokens is None and (is_tight or longest > _COUNT_FROM_BYTES):
+        prompt_tokens = await _count(call, limits.window, upstream, request_id)
+        longest = max(prompt_tokens)
+    if longest + (call.max_tokens or 1) > limits.window:
+        raise _too_long(call, longest, limits.window)
+    max_tokens = call.max_tokens or min(limits.default_max_tokens, limits.window - longest)
+    return Sized(prompt_tokens, max_tokens, _payload(call, max_tokens, salt))
+
+
+def _too_long(call: Call, prompt_tokens: int, window: int) -> ApiError:
+    counts = f"the prompt has {prompt_tokens} tokens, the window {window}"
+    asked = call.max_tokens or 1
+    if prompt_tokens >= window:
+        remedy = f"shorten it by at least {prompt_tokens + asked - window} tokens"
+    else:
+        remedy = f"{call.max_tokens_name} = {asked} does not fit, {window - prompt_tokens} would"
+    return bad_request(f"{counts}; {remedy}", call.kind.prompt, "context_length_exceeded")
+
+
+async def _count(call: Call, window: int, upstream: Upstream, request_id: str) -> tuple[int, ...]:
+    counts = []
+    for question in _questions(call):
+        status, answer = await upstream.call("POST", "/tokenize", question, request_id)
+        if status >= 500:
+            raise UpstreamError(f"/tokenize answered {status}")
+        if status != 200:
+            raise ApiError(status, _message_of(answer), "invalid_prompt", call.kind.prompt)
+        counts.append(int(answer["count"]))
+    return tuple(counts) or (min(len(call.body), window - (call.max_tokens or 1)),)
+
+
+def _questions(call: Call) -> list[dict[str, Any]]:
+    """Bodies for /tokenize; none where a Responses input is more than messages."""
+    prompt = call.fields[call.kind.prompt]
+    if call.kind is COMPLETION:
+        texts = [prompt] if isinstance(prompt, str) else prompt
+        special = {"add_special_tokens": call.fields.get("add_special_tokens", True)}
+        return [{"prompt": text, **special} for text in texts]
+    if call.kind is CHAT:
+        names = ("add_generation_prompt", "continue_final_message", "add_special_tokens", "chat_template_kwargs", "tools")
+        return [{"messages": prompt, **{name: call.fields[name] for name in names if call.fields.get(name) is not None}}]
+    if isinstance(prompt, str):
+        system = [{"role": "system", "content": call.fields["instructions"]}] if call.fields.get("instructions") else []
+        return [{"messages": [*system, {"role": "user", "content": prompt}]}]
+    return []
+
+
+def _message_of(answer: Any) -> str:
+    try:
+        return str(answer["error"]["message"])
+    except (KeyError, TypeError):
+        return str(answer)[:500]
+
+
+def _payload(call: Call, max_tokens: int, salt: str | None) -> bytes:
+    """The client's bytes with the fields that we add; they go in front, since copying is cheaper than encoding again."""
+    added: dict[str, Any] = {}
+    if call.max_tokens is None:
+        added[call.kind.max_tokens[0]] = max_tokens
+    if salt:
+        own = call.fields.get("cache_salt")
+        added["cache_salt"] = hashlib.sha256(f"{salt}:{own}".encode()).hexdigest() if own else salt
+    if call.kind is RESPONSES and call.fields.get("store") is None:
+        added["store"] = False  # stored answers could be read by anybody who guesses the id
+    if not added:
+        return call.body
+    if call.fields.keys() & added.keys():
+        return json.dumps(call.fields | added).encode()
+    return json.dumps(added)[:-1].encode() + b"," + call.body[call.body.index(b"{") + 1 :]

@@ -1,0 +1,72 @@
+"""vLLM's own flags after the --: passed through if this vLLM has them, refused if the gateway owns them."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from ard_serve.errors import EngineDiedError, UsageError
+from server import flags
+from server.config import ServeConfig
+
+KNOWN = frozenset({"--model", "--uds", "--max-model-len", "--max-num-seqs", "--kv-cache-dtype", "--trust-remote-code", "-tp"})
+
+
+@pytest.mark.parametrize(
+    "args", [("--max-num-seqs", "8"), ("--kv-cache-dtype=fp8",), ("--max_num_seqs", "8"), ("-tp", "2"), ("value",)]
+)
+def test_vllms_flags_pass(args: tuple[str, ...]) -> None:
+    flags.check_engine_args(args, KNOWN)
+
+
+@pytest.mark.parametrize(
+    ("arg", "ours"),
+    [
+        ("--port=1", "--port"),
+        ("--api-key", "--api-keys"),
+        ("--model", "MODEL"),
+        ("--max_model_len", "--max-model-len"),
+        ("--uds", "socket"),
+        ("--trust-remote-code", "never run"),
+        ("--trust-remote", "never run"),
+        ("--hf-overrides.rope", "config.json"),
+        ("--enable-log-requests", "never logged"),
+    ],
+)
+def test_flags_that_the_gateway_owns_are_refused_abbreviations_too(arg: str, ours: str) -> None:
+    with pytest.raises(UsageError, match=ours):
+        flags.check_engine_args((arg,), KNOWN)
+
+
+def test_a_flag_this_vllm_lacks_is_refused_before_it_starts() -> None:
+    with pytest.raises(UsageError, match="no flag --warp-speed"):
+        flags.check_engine_args(("--warp-speed",), KNOWN)
+
+
+def test_only_flags_that_exist_are_added(tmp_path: Path) -> None:
+    config = ServeConfig(model=tmp_path, batch_tokens=1000)
+    assert flags.optional_flags(config, KNOWN, on_gpu=False, kv_bytes=5) == ()
+    known = KNOWN | {"--max-num-batched-tokens", "--long-prefill-token-threshold", "--kv-cache-memory-bytes"}
+    added = flags.optional_flags(config, known, on_gpu=False, kv_bytes=5)
+    assert " ".join(added) == "--max-num-batched-tokens 1000 --long-prefill-token-threshold 250 --kv-cache-memory-bytes 5"
+
+
+def test_the_probe_reads_help_and_says_what_is_wrong_when_there_is_none(tmp_path: Path) -> None:
+    program = tmp_path / "engine.py"
+    program.write_text("print('usage: [--uds UDS] [--enable-x, --no-enable-x]')")
+    assert flags.known_flags((sys.executable, str(program))) == {"--uds", "--enable-x", "--no-enable-x"}
+    program.write_text("raise SystemExit('no GPU here')")
+    with pytest.raises(EngineDiedError, match="no GPU here"):
+        flags.known_flags((sys.executable, str(program)))
+
+
+@pytest.mark.vllm
+def test_the_probe_of_real_vllm_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    command = ServeConfig(model=tmp_path).engine_command
+    known = flags.known_flags(command)
+    assert {"--uds", "--long-prefill-token-threshold", "--max-num-batched-tokens", "--kv-cache-memory-bytes"} <= known
+    (kept,) = (tmp_path / "ard-serve").iterdir()
+    assert flags.known_flags(command) == known
+    kept.write_text('["--uds"]')
+    assert flags.known_flags(command) == {"--uds"}

@@ -1,0 +1,244 @@
+"""The gateway as a process: probes, an engine that dies or hangs, restarts, draining, exit codes. Real signals throughout."""
+
+import json
+import os
+import signal
+import socket
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import httpx
+import pytest
+from helpers_server import Gateway, StartGateway, complete, error_of, gateways, is_alive, wait_for
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[StartGateway]:
+    with gateways(tmp_path) as start:
+        yield start
+
+
+def engine_pid(gateway: Gateway) -> int:
+    return int(gateway.engine_events("engine")[-1]["pid"])
+
+
+def worker_pid(gateway: Gateway) -> int:
+    return int(gateway.engine_events("worker")[-1]["pid"])
+
+
+def has_moved_on(gateway: Gateway, pid: int) -> bool:
+    return gateway.process.poll() is not None or engine_pid(gateway) != pid
+
+
+@pytest.mark.fault("S3")
+def test_while_the_engine_loads_the_server_is_live_and_not_ready(start: StartGateway) -> None:
+    gateway = start({"load_s": 1.5})
+    assert gateway.status("/livez") == 200
+    with gateway.client() as client:
+        probe = client.get("/readyz")
+        assert client.get("/v1/models").status_code == 200
+    refused = complete(gateway)
+    assert probe.status_code == refused.status_code == 503
+    assert probe.json()["status"] == "loading"
+    assert refused.headers["retry-after"]
+    gateway.until_ready()
+    assert complete(gateway).status_code == 200
+
+
+@pytest.mark.fault("S2")
+def test_a_port_in_use_is_exit_2_before_the_model_is_read(start: StartGateway, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        gateway = start(port=taken.getsockname()[1], model=str(tmp_path / "no such model"))
+        assert gateway.wait() == 2
+    assert f":{taken}" not in gateway.stderr
+    assert "cannot listen" in gateway.stderr
+    assert len(gateway.stderr.splitlines()) == 1
+
+
+@pytest.mark.fault("S4")
+def test_an_engine_that_is_killed_is_started_again(start: StartGateway) -> None:
+    gateway = start().until_ready()
+    first, worker = engine_pid(gateway), worker_pid(gateway)
+    with ThreadPoolExecutor() as pool:
+        stream = pool.submit(complete, gateway, stream=True, script={"tokens": 50, "gap_s": 0.2})
+        plain = pool.submit(complete, gateway, script={"first_s": 10})
+        wait_for(lambda: len(gateway.engine_events("start")) == 2, 5)
+        os.kill(first, signal.SIGKILL)
+        killed_at = time.monotonic()
+        cut, failed = stream.result(), plain.result()
+        assert time.monotonic() - killed_at < 1
+    assert cut.text.count("data: ") >= 2
+    assert "engine_failed" in cut.text.strip().splitlines()[-1]
+    assert failed.status_code == 503
+    assert error_of(failed)["code"] == "engine_failed"
+    wait_for(lambda: gateway.status("/readyz") == 503, 2)
+    gateway.until_ready()
+    assert engine_pid(gateway) != first
+    assert not is_alive(worker)
+    assert gateway.metric("ard_engine_restarts_total") == 1
+    assert complete(gateway).status_code == 200
+
+
+@pytest.mark.fault("S4")
+def test_an_engine_that_keeps_dying_ends_the_server_with_70(start: StartGateway) -> None:
+    gateway = start(max_restarts=1).until_ready()
+    for _ in range(2):
+        gateway.until_ready()
+        pid = engine_pid(gateway)
+        os.kill(pid, signal.SIGKILL)
+        wait_for(partial(has_moved_on, gateway, pid), 5)
+    assert gateway.wait() == 70
+    assert "--max-restarts" in gateway.stderr.splitlines()[-1]
+
+
+@pytest.mark.fault("S4")
+def test_an_engine_that_cannot_start_is_70_with_its_last_words(start: StartGateway) -> None:
+    gateway = start({"exit": 0, "last_words": "KV cache needs 3 GiB"})
+    assert gateway.wait() == 70
+    assert "KV cache needs 3 GiB" in gateway.stderr.splitlines()[-1]
+
+
+@pytest.mark.fault("S5")
+def test_a_hung_engine_makes_the_server_not_ready_and_ready_again(start: StartGateway) -> None:
+    gateway = start(canary_timeout_s=0.5).until_ready()
+    os.kill(engine_pid(gateway), signal.SIGSTOP)
+    wait_for(lambda: gateway.status("/readyz") == 503, 3)
+    assert gateway.status("/livez") == 200
+    os.kill(engine_pid(gateway), signal.SIGCONT)
+    gateway.until_ready()
+    assert gateway.metric("ard_engine_restarts_total") == 0
+
+
+@pytest.mark.fault("S5")
+def test_an_engine_that_stays_hung_is_replaced(start: StartGateway) -> None:
+    gateway = start(canary_timeout_s=0.3, hang_timeout_s=1, request_timeout_s=10).until_ready()
+    first = engine_pid(gateway)
+    os.kill(first, signal.SIGSTOP)
+    hanging = complete(gateway)
+    assert hanging.status_code == 503
+    wait_for(lambda: engine_pid(gateway) != first, 5)
+    gateway.until_ready()
+    assert not is_alive(first)
+
+
+@pytest.mark.fault("S6")
+def test_sigterm_lets_requests_finish_and_refuses_new_ones(start: StartGateway) -> None:
+    gateway = start().until_ready()
+    with ThreadPoolExecutor() as pool:
+        stream = pool.submit(complete, gateway, stream=True, script={"tokens": 10, "gap_s": 0.15})
+        plain = pool.submit(complete, gateway, script={"first_s": 1})
+        wait_for(lambda: len(gateway.engine_events("start")) == 2, 5)
+        gateway.process.send_signal(signal.SIGTERM)
+        wait_for(lambda: gateway.status("/readyz") == 503, 2)
+        refused = complete(gateway)
+        assert refused.status_code == 503
+        assert refused.headers["retry-after"]
+        assert error_of(refused)["code"] == "server_draining"
+        assert gateway.status("/livez") == 200
+        assert stream.result().text.rstrip().endswith("data: [DONE]")
+        assert plain.result().status_code == 200
+    assert gateway.wait() == 0
+    assert not is_alive(worker_pid(gateway))
+
+
+@pytest.mark.fault("S7")
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_the_drain_deadline_ends_what_is_left(start: StartGateway, number: signal.Signals, code: int) -> None:
+    gateway = start(drain_s=0.5).until_ready()
+    with ThreadPoolExecutor() as pool:
+        stream = pool.submit(complete, gateway, stream=True, script={"tokens": 100, "gap_s": 0.2})
+        wait_for(lambda: bool(gateway.engine_events("start")), 5)
+        signalled_at = time.monotonic()
+        assert gateway.stop(number) == code
+        assert time.monotonic() - signalled_at < 0.5 + 2
+        events = stream.result().text.strip().split("\n\n")
+    assert json.loads(events[-1].removeprefix("data: "))["error"]["code"] == "server_draining"
+    assert "data: [DONE]" not in events
+
+
+def test_a_second_signal_ends_the_wait(start: StartGateway) -> None:
+    gateway = start(drain_s=60).until_ready()
+    with ThreadPoolExecutor() as pool:
+        pool.submit(complete, gateway, stream=True, script={"tokens": 100, "gap_s": 0.2})
+        wait_for(lambda: bool(gateway.engine_events("start")), 5)
+        gateway.process.send_signal(signal.SIGTERM)
+        wait_for(lambda: gateway.status("/readyz") == 503, 2)
+        assert gateway.stop() == 143
+
+
+def test_the_engine_does_not_outlive_a_killed_gateway(start: StartGateway) -> None:
+    gateway = start().until_ready()
+    pids = (engine_pid(gateway), worker_pid(gateway))
+    gateway.process.kill()
+    gateway.process.wait()
+    wait_for(lambda: not any(map(is_alive, pids)), 3)
+
+
+@pytest.mark.fault("S22")
+def test_non_finite_logits_raise_the_alarm(start: StartGateway) -> None:
+    gateway = start({"canary": {"logprob": float("nan")}})
+    wait_for(lambda: gateway.metric("ard_engine_non_finite") == 1, 10)
+    assert gateway.status("/readyz") == 503
+    response = complete(gateway)
+    assert response.status_code == 500
+    assert error_of(response)["code"] == "non_finite_logits"
+
+
+def test_queued_requests_survive_a_restart(start: StartGateway) -> None:
+    """A request that had not reached the engine when it died is answered by the next one."""
+    gateway = start().until_ready()
+    with ThreadPoolExecutor() as pool:
+        running = [pool.submit(complete, gateway, max_tokens=500, script={"first_s": 20}) for _ in range(2)]
+        wait_for(lambda: len(gateway.engine_events("start")) == 2, 5)
+        queued = pool.submit(complete, gateway, max_tokens=500)
+        wait_for(lambda: gateway.metric('ard_queue_length{lane="short"}') == 1, 5)
+        os.kill(engine_pid(gateway), signal.SIGKILL)
+        assert [request.result().status_code for request in running] == [503, 503]
+        assert queued.result().status_code == 200
+
+
+def test_sighup_reads_the_key_file_again_and_a_broken_one_changes_nothing(start: StartGateway, tmp_path: Path) -> None:
+    from server.auth import hash_key
+
+    path = tmp_path / "keys.toml"
+    path.write_text(f'[keys.old]\nsha256 = "{hash_key("old")}"\n')
+    gateway = start(api_keys=str(path)).until_ready()
+
+    def status(key: str) -> int:
+        with gateway.client(key) as client:
+            return client.get("/v1/models").status_code
+
+    assert (status("old"), status("new")) == (200, 401)
+    path.write_text(f'[keys.new]\nsha256 = "{hash_key("new")}"\n')
+    gateway.process.send_signal(signal.SIGHUP)
+    wait_for(lambda: (status("old"), status("new")) == (401, 200), 3)
+    path.write_text("[keys.new]\nsha256 = 7\n")
+    gateway.process.send_signal(signal.SIGHUP)
+    wait_for(lambda: "not read again" in gateway.stderr, 3)
+    assert status("new") == 200
+
+
+def test_an_address_that_others_reach_needs_keys(start: StartGateway) -> None:
+    gateway = start(host="0.0.0.0")
+    assert gateway.wait() == 2
+    assert "--api-keys" in gateway.stderr
+
+
+def test_an_idle_stream_costs_little_memory(start: StartGateway) -> None:
+    """256 streams that wait for their next token take less than 100 MB together."""
+    import psutil
+
+    gateway = start({"blocks": 4000}).until_ready()
+    before = psutil.Process(gateway.process.pid).memory_info().rss
+    body = {"prompt": [1], "max_tokens": 8, "stream": True, "user": json.dumps({"tokens": 2, "gap_s": 30})}
+    limits = httpx.Limits(max_connections=300)
+    with httpx.Client(base_url=gateway.url, limits=limits, trust_env=False) as client:
+        responses = [client.send(client.build_request("POST", "/v1/completions", json=body), stream=True) for _ in range(256)]
+        assert gateway.metric("ard_requests_in_flight") == 256
+        grown_bytes = psutil.Process(gateway.process.pid).memory_info().rss - before
+        for response in responses:
+            response.close()
+    assert grown_bytes < 100_000_000

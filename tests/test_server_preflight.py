@@ -1,0 +1,194 @@
+"""A model folder that is damaged, holds code or does not fit is refused before an engine starts, naming what is wrong."""
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers_server import MODEL_CONFIG, StartGateway, gateways, write_model, write_safetensors
+
+from ard_serve import artifact
+from ard_serve.artifact import BaseModelRecord, Manifest, Quality, RecipeRecord, RopeRecord
+from ard_serve.errors import ArdError, ModelError, ResourceError, UsageError
+from server import capacity
+from server.config import ServeConfig
+from server.preflight import check_model, expected_shapes, model_card
+
+
+def write_export(folder: Path, served_limit: int | None = 256, **overrides: object) -> Path:
+    """A model with a manifest that describes it truly."""
+    write_model(folder, **overrides)
+    manifest = Manifest(
+        created_at="2026-01-01T00:00:00Z",
+        ard_serve_version="0",
+        base=BaseModelRecord(name="base", architecture="LlamaForCausalLM", weights_sha256="0" * 64, native_window=128),
+        rope=RopeRecord(rope_type="yarn", factor=4.0, target_length=512, parameters={}),
+        recipe=RecipeRecord(name="default", objectives={"lm": 1.0}, trainable="lora", steps=1, tokens=1, seed=0),
+        quality=Quality(served_limit=served_limit),
+        files=artifact.describe_files(folder),
+        tensors=artifact.describe_tensors(folder),
+    )
+    artifact.write_manifest(folder, manifest)
+    return folder
+
+
+def truncate(folder: Path) -> None:
+    shard = folder / "model.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-100])
+
+
+def flip_a_bit(folder: Path) -> None:
+    shard = folder / "model.safetensors"
+    data = bytearray(shard.read_bytes())
+    data[-40] ^= 1
+    shard.write_bytes(data)
+
+
+def rewrite(folder: Path, change: Callable[[dict[str, np.ndarray]], object]) -> None:
+    shapes = expected_shapes(MODEL_CONFIG)
+    tensors = {name: np.ones(shape, np.float32) for name, shape in shapes.items()}
+    change(tensors)
+    write_safetensors(folder / "model.safetensors", tensors)
+
+
+def poison(tensors: dict[str, np.ndarray]) -> None:
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = np.nan
+
+
+def drop(tensors: dict[str, np.ndarray]) -> None:
+    del tensors["model.layers.1.self_attn.q_proj.weight"]
+
+
+def reshape(tensors: dict[str, np.ndarray]) -> None:
+    tensors["model.layers.0.self_attn.k_proj.weight"] = np.ones((8, 32), np.float32)
+
+
+def pickle_only(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+def add_auto_map(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"auto_map": {"AutoModel": "evil.Model"}}))
+
+
+DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
+    "truncated shard": (truncate, "model.safetensors"),
+    "missing tensor": (lambda folder: rewrite(folder, drop), "model.layers.1.self_attn.q_proj.weight"),
+    "mis-shaped tensor": (lambda folder: rewrite(folder, reshape), "model.layers.0.self_attn.k_proj.weight"),
+    "NaN weight": (lambda folder: rewrite(folder, poison), "model.layers.1.mlp.up_proj.weight"),
+    "pickle only": (pickle_only, "safetensors"),
+    "remote code named": (add_auto_map, "auto_map"),
+    "remote code present": (lambda folder: (folder / "modeling.py").write_text("raise SystemExit"), "modeling.py"),
+    "broken config": (lambda folder: (folder / "config.json").write_text("{"), "config.json"),
+}
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StartGateway]:
+    with gateways(tmp_path_factory.mktemp("preflight")) as start:
+        yield start
+
+
+@pytest.mark.fault("S1")
+@pytest.mark.parametrize("name", sorted(DAMAGE))
+def test_a_damaged_model_is_refused_and_the_damage_named(tmp_path: Path, name: str) -> None:
+    damage, named = DAMAGE[name]
+    folder = write_model(tmp_path / "model")
+    check_model(ServeConfig(model=folder))
+    damage(folder)
+    with pytest.raises(ModelError, match=named):
+        check_model(ServeConfig(model=folder))
+
+
+@pytest.mark.fault("S1")
+def test_a_flipped_bit_is_found_where_there_is_a_manifest(tmp_path: Path) -> None:
+    folder = write_export(tmp_path / "export")
+    check_model(ServeConfig(model=folder))
+    flip_a_bit(folder)
+    with pytest.raises(ModelError, match=r"model\.safetensors.*sha256"):
+        check_model(ServeConfig(model=folder))
+
+
+@pytest.mark.fault("S1")
+def test_the_server_ends_with_3_within_ten_seconds_and_no_engine_starts(start: StartGateway, tmp_path: Path) -> None:
+    folder = write_export(tmp_path / "export")
+    flip_a_bit(folder)
+    started = time.monotonic()
+    gateway = start(model=str(folder))
+    assert gateway.wait() == 3
+    assert time.monotonic() - started < 10
+    assert "sha256 mismatch" in gateway.stderr
+    assert len(gateway.stderr.splitlines()) == 1
+    assert gateway.engine_events("engine") == []
+
+
+def test_a_path_that_is_no_model_is_a_usage_error(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"config\.json"):
+        check_model(ServeConfig(model=tmp_path))
+
+
+def test_the_window_is_the_measured_one(tmp_path: Path) -> None:
+    folder = write_export(tmp_path / "export", served_limit=256)
+    assert check_model(ServeConfig(model=folder)).window == 256
+    assert check_model(ServeConfig(model=folder, max_model_len=100)).window == 100
+    with pytest.raises(UsageError, match=r"400.*256.*--beyond-measured"):
+        check_model(ServeConfig(model=folder, max_model_len=400))
+    beyond = check_model(ServeConfig(model=folder, max_model_len=400, beyond_measured="mark"))
+    assert beyond.window == 400
+    card = model_card(ServeConfig(model=folder), beyond, 0)
+    assert card["provenance"]["beyond_measured"] is True
+    assert card["provenance"]["measured_limit"] == 256
+
+
+def test_the_model_card_says_where_the_weights_come_from(start: StartGateway, tmp_path: Path) -> None:
+    folder = write_export(tmp_path / "export")
+    gateway = start(model=str(folder), served_model_name="restored")
+    with gateway.client() as client:
+        (card,) = client.get("/v1/models").json()["data"]
+        assert client.get("/v1/models/restored").json() == card
+        assert client.get("/v1/models/other").status_code == 404
+    assert card["id"] == "restored"
+    assert card["max_model_len"] == 256
+    assert card["provenance"]["recipe"]["name"] == "default"
+    assert card["provenance"]["files"]["model.safetensors"] == artifact.sha256_of(folder / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "bytes_per_token"), [({}, 2 * 2 * 2 * 8 * 4), ({"dtype": "bfloat16"}, 128), ({"head_dim": 16}, 512)]
+)
+def test_kv_bytes_per_token(overrides: dict[str, object], bytes_per_token: int) -> None:
+    assert capacity.kv_bytes_per_token(MODEL_CONFIG | overrides, None) == bytes_per_token
+
+
+def test_fp8_cache_takes_a_byte_a_channel() -> None:
+    assert capacity.kv_bytes_per_token(MODEL_CONFIG, "fp8_e4m3") == 2 * 2 * 2 * 8
+
+
+def test_a_window_that_does_not_fit_is_refused_with_the_flags_that_help(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "model", max_position_embeddings=1 << 20)
+    checkpoint = check_model(ServeConfig(model=folder))
+    assert capacity.plan(checkpoint, (), 1 << 30, ()).kv_tokens == (1 << 30) // 256
+    with pytest.raises(ResourceError, match=r"--max-model-len 262144 or --kv-cache-gib 0\.25") as caught:
+        capacity.plan(checkpoint, (), 1 << 26, ())
+    assert caught.value.exit_code == 5
+
+
+def test_a_gpu_that_is_too_small_names_vllms_flags(tmp_path: Path) -> None:
+    checkpoint = check_model(ServeConfig(model=write_model(tmp_path / "model", max_position_embeddings=1 << 24)))
+    with pytest.raises(ResourceError, match="--tensor-parallel-size"):
+        capacity.plan(checkpoint, (4 << 30,), None, ())
+    assert (
+        capacity.plan(checkpoint, (4 << 30,) * 2, None, ("--tensor-parallel-size", "2", "--kv-cache-dtype=fp8")).kv_tokens
+        > 1 << 24
+    )
+
+
+@pytest.mark.parametrize("fields", [{"hidden_size": None}, {"max_position_embeddings": 0}, {"max_position_embeddings": "512"}])
+def test_an_impossible_config_is_a_model_error(tmp_path: Path, fields: dict[str, object]) -> None:
+    folder = write_model(tmp_path / "model")
+    (folder / "config.json").write_text(json.dumps(MODEL_CONFIG | fields))
+    with pytest.raises(ArdError, match=r"config\.json"):
+        check_model(ServeConfig(model=folder))

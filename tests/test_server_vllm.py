@@ -1,0 +1,206 @@
+"""The gateway with a real vLLM on the CPU: what the scripted engine cannot prove. One engine start for all of it."""
+
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import openai
+import psutil
+import pytest
+from helpers_server import Gateway, gateways, send, wait_for
+
+pytestmark = pytest.mark.vllm
+
+WINDOW = 2048
+TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small random Llama with a byte-level tokenizer and a chat template.
+
+    Not the tiniest: an engine that makes tokens faster than its API process passes them on sends them in one piece.
+    """
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("vllm") / "tiny"
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={letter: index for index, letter in enumerate(letters)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast: Any = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+        tokenizer_object=tokenizer, bos_token="<|bos|>", eos_token="<|im_end|>"
+    )
+    fast.add_special_tokens({"additional_special_tokens": ["<|im_start|>"]})
+    fast.chat_template = TEMPLATE
+    fast.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=320, hidden_size=512, intermediate_size=1024, num_hidden_layers=8, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=32, max_position_embeddings=WINDOW, bos_token_id=256, eos_token_id=257,
+    )  # fmt: skip
+    network: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)  # type: ignore[no-untyped-call]
+    network.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def gateway(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
+    from server.config import ServeConfig
+
+    with gateways(tmp_path_factory.mktemp("gateway")) as start:
+        command = ServeConfig.model_fields["engine_command"].default
+        fields = {"engine_command": command, "engine_args": ["--enforce-eager"], "kv_cache_gib": 0.008, "drain_s": 20}
+        yield start(
+            environment={"OMP_NUM_THREADS": "2"}, model=str(model), **fields, canary_interval_s=1, canary_timeout_s=30,
+            start_timeout_s=300, restart_backoff_s=0.1,
+        ).until_ready(300)  # fmt: skip
+
+
+@pytest.fixture
+def client(gateway: Gateway) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{gateway.url}/v1", api_key="none", max_retries=0)
+
+
+def engine_metric(gateway: Gateway, name: str) -> float:
+    with gateway.client() as client:
+        lines = client.get("/metrics").text.splitlines()
+    return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(name + "{"))
+
+
+def test_the_openai_client_works_with_every_kind_of_call(client: openai.OpenAI) -> None:
+    chat = client.chat.completions.create(
+        model="tiny", messages=[{"role": "user", "content": "hello"}], max_tokens=6, n=2, logprobs=True, top_logprobs=2, seed=1
+    )
+    assert len(chat.choices) == 2
+    assert chat.choices[0].logprobs is not None
+    stream = client.chat.completions.create(
+        model="tiny", messages=[{"role": "user", "content": "hello"}], max_tokens=6, stream=True,
+        stream_options={"include_usage": True}, extra_body={"ignore_eos": True},
+    )  # fmt: skip
+    assert [chunk.usage.completion_tokens for chunk in stream if chunk.usage] == [6]
+    first = client.completions.create(model="tiny", prompt=[1, 2, 3], max_tokens=5, temperature=0)
+    assert (
+        first.choices[0].text
+        == client.completions.create(model="tiny", prompt=[1, 2, 3], max_tokens=5, temperature=0).choices[0].text
+    )
+    response = client.responses.create(model="tiny", input="hello", max_output_tokens=4)
+    assert response.usage is not None
+    assert [entry.id for entry in client.models.list()] == ["tiny"]
+
+
+def test_a_json_schema_is_kept(client: openai.OpenAI) -> None:
+    schema: dict[str, object] = {"type": "string", "enum": ["left", "right"]}
+    answer = client.chat.completions.create(
+        model="tiny", messages=[{"role": "user", "content": "hello"}], max_tokens=40, temperature=0,
+        response_format={"type": "json_schema", "json_schema": {"name": "side", "schema": schema, "strict": True}},
+    )  # fmt: skip
+    assert json.loads(answer.choices[0].message.content or "") in ("left", "right")
+
+
+@pytest.mark.fault("S14")
+def test_the_prompts_true_length_is_told(client: openai.OpenAI, gateway: Gateway) -> None:
+    before = engine_metric(gateway, "vllm:prompt_tokens_total")
+    with pytest.raises(openai.BadRequestError, match=f"3000 tokens, the window {WINDOW}"):
+        client.completions.create(model="tiny", prompt="x" * 3000, max_tokens=10)
+    assert engine_metric(gateway, "vllm:prompt_tokens_total") - before < 100  # canaries, not the prompt
+
+
+def test_the_gateways_parameters_are_this_vllms(client: openai.OpenAI) -> None:
+    client.completions.create(model="tiny", prompt="x", max_tokens=2, extra_body={"min_p": 0.1, "top_k": 5})
+    with pytest.raises(openai.BadRequestError, match="top_q"):
+        client.completions.create(model="tiny", prompt="x", max_tokens=2, extra_body={"top_q": 5})
+
+
+@pytest.mark.fault("S19")
+def test_a_control_token_typed_by_a_user_stays_text(client: openai.OpenAI, gateway: Gateway) -> None:
+    """As many prompt tokens as there are bytes: `<|im_end|>` is ten characters and a joiner, not one token."""
+
+    def prompt_tokens(content: str) -> int:
+        answer = client.chat.completions.create(model="tiny", messages=[{"role": "user", "content": content}], max_tokens=1)
+        assert answer.usage
+        return answer.usage.prompt_tokens
+
+    assert prompt_tokens("a<|im_end|>") - prompt_tokens("a") == len("<\u2060|im_end|>".encode())
+
+
+def test_a_plan_counts_exactly_and_costs_no_prefill(gateway: Gateway) -> None:
+    before = engine_metric(gateway, "vllm:request_success_total")
+    with gateway.client() as client:
+        plan = client.post("/v1/plan", json={"prompt": "x" * 1500, "max_tokens": 100}).json()
+    assert (plan["fits"], plan["prompt_tokens"], plan["lane"]) == (True, 1500, "long")
+    assert plan["kv_tokens"] >= 1600
+    assert engine_metric(gateway, "vllm:request_success_total") - before < 5  # canaries
+
+
+@pytest.mark.fault("S17")
+@pytest.mark.parametrize("stream", [True, False])
+def test_leaving_frees_the_engines_slot_within_a_second(gateway: Gateway, stream: bool) -> None:
+    with send(gateway, stream=stream, prompt=[1, 2], max_tokens=WINDOW - 10, ignore_eos=True):
+        wait_for(lambda: engine_metric(gateway, "vllm:num_requests_running") == 1, 5)
+    assert wait_for(lambda: engine_metric(gateway, "vllm:num_requests_running") == 0, 5) < 1.5
+    assert gateway.metric("ard_kv_reserved_tokens") == 0
+
+
+def test_the_ledger_keeps_the_engine_from_preempting(gateway: Gateway) -> None:
+    """Twice as many requests as fit: half of them wait here instead of being preempted there."""
+    capacity_tokens = gateway.metric("ard_kv_capacity_tokens")
+    assert capacity_tokens >= WINDOW
+    body = {"prompt": [1] * 800, "max_tokens": 200, "ignore_eos": True}
+    count = int(capacity_tokens // 1024) * 2
+    statuses: list[int] = []
+
+    def ask() -> None:
+        with gateway.client(timeout_s=120) as client:
+            statuses.append(client.post("/v1/completions", json=body).status_code)
+
+    threads = [threading.Thread(target=ask) for _ in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert statuses == [200] * count
+    assert engine_metric(gateway, "vllm:num_preemptions_total") == 0
+
+
+@pytest.mark.fault("S4")
+def test_a_killed_engine_core_is_told_in_the_stream_and_replaced(gateway: Gateway) -> None:
+    family = psutil.Process(gateway.process.pid).children(recursive=True)
+    core = next(process for process in family if "EngineCore" in " ".join(process.cmdline()))
+    body = {"prompt": [1, 2], "max_tokens": WINDOW - 10, "ignore_eos": True, "stream": True}
+    with gateway.client() as client, client.stream("POST", "/v1/completions", json=body) as response:
+        chunks = response.iter_bytes()
+        text = next(chunks)
+        os.kill(core.pid, signal.SIGKILL)
+        killed_at = time.monotonic()
+        text += b"".join(chunks)
+    assert time.monotonic() - killed_at < 2
+    assert b'"error"' in text.strip().split(b"\n\n")[-1]
+    assert b"data: [DONE]" not in text
+    wait_for(lambda: gateway.status("/readyz") == 503, 5)
+    gateway.until_ready(300)
+
+
+@pytest.mark.fault("S6")
+def test_sigterm_finishes_the_stream_and_stops_every_process(gateway: Gateway) -> None:
+    """Last in the file: it ends the engine that the others share."""
+    family = psutil.Process(gateway.process.pid).children(recursive=True)
+    body = {"prompt": [1, 2], "max_tokens": 300, "ignore_eos": True, "stream": True}
+    with gateway.client() as client, client.stream("POST", "/v1/completions", json=body) as response:
+        chunks = response.iter_bytes()
+        text = next(chunks)
+        gateway.process.send_signal(signal.SIGTERM)
+        text += b"".join(chunks)
+    assert text.rstrip().endswith(b"data: [DONE]")
+    assert gateway.wait(20) == 0
+    assert psutil.wait_procs(family, timeout=3)[1] == []

@@ -1,0 +1,1 @@
+"""Measures an OpenAI-compatible server over HTTP: latency, memory, and whether answers stay right."""

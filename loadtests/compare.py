@@ -1,0 +1,192 @@
+"""Two runs side by side: is the second worse, by more than noise and more than is allowed? Exit code 7 tells a CI."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from pydantic import Field, ValidationError
+
+from ard_serve import console
+from ard_serve.errors import DataError, QualityGateError, UsageError
+from ard_serve.settings import Settings
+from loadtests.fits import mcnemar_p
+from loadtests.records import CellResult, Record, RequestRecord, RunResult
+
+Verdict = Literal["worse", "better", "same", "unclear"]
+_RESAMPLES = 4000
+_FEWEST = 4
+_SAME_SETTINGS = ("output_tokens", "arrival", "needle", "needle_keys")
+_LATENCIES: dict[str, Callable[[RequestRecord], float | None]] = {
+    "TTFT": lambda record: record.ttft_ms,
+    "TPOT": lambda record: record.tpot_ms,
+    "E2E": lambda record: record.e2e_ms,
+}
+
+
+class CompareConfig(Settings):
+    """A comparison of two results of `ard loadtest`."""
+
+    base: Path = Field(description="result.json (or its folder) that is taken as the norm")
+    other: Path = Field(description="result.json (or its folder) that is judged")
+    allowed: float = Field(0.1, ge=0, le=10, description="share by which a median may be slower before it is a regression")
+    confidence: float = Field(0.99, gt=0.5, lt=1, description="confidence of each interval")
+    accuracy_p: float = Field(0.02, gt=0, lt=1, description="chance below which lost answers are a regression")
+    out: Path | None = Field(None, description="file for the comparison as JSON")
+
+
+class Difference(Record):
+    """One figure of one cell: `ratio` is other / base of the medians with its interval; above 1 is slower."""
+
+    cell: str
+    figure: str
+    base: float
+    other: float
+    ratio: float
+    low: float
+    high: float
+    verdict: Verdict
+
+
+class Comparison(Record):
+    """All figures of all shared cells."""
+
+    base: str
+    other: str
+    differences: list[Difference]
+    only_in_one: list[str]
+    refused: list[str]
+
+
+def run(config: CompareConfig) -> int:
+    """Print the comparison; returns 0.
+
+    Raises:
+        QualityGateError: something is worse; names it.
+    """
+    comparison = compare(config)
+    console.print_table(
+        f"{comparison.other} against {comparison.base}",
+        ("cell", "figure", "base", "other", "ratio", "interval", "verdict"),
+        [
+            (d.cell, d.figure, f"{d.base:.4g}", f"{d.other:.4g}", f"{d.ratio:.3f}", f"{d.low:.3f}–{d.high:.3f}", d.verdict)
+            for d in comparison.differences
+        ],
+    )
+    if config.out:
+        config.out.write_text(comparison.model_dump_json(indent=1), encoding="utf-8")
+    if worse := [d for d in comparison.differences if d.verdict == "worse"]:
+        first = max(worse, key=lambda d: d.ratio)
+        raise QualityGateError(
+            f"{len(worse)} of {len(comparison.differences)} figures are worse, first {first.figure} of {first.cell}: "
+            f"{first.other:.4g} against {first.base:.4g}, allowed {config.allowed:.0%}"
+        )
+    return 0
+
+
+def compare(config: CompareConfig) -> Comparison:
+    """Judge every cell that both runs have.
+
+    Raises:
+        DataError: a file is not a result.
+        UsageError: the runs asked different things, or share no cell.
+    """
+    base, other = _read(config.base), _read(config.other)
+    for name in _SAME_SETTINGS:
+        if base.settings.get(name) != other.settings.get(name):
+            raise UsageError(
+                f"{name}: {base.settings.get(name)} against {other.settings.get(name)}; runs that ask different things do not "
+                "compare, run one again with the other's settings"
+            )
+    mine, yours = ({cell.cell: cell for cell in result.cells} for result in (base, other))
+    shared = [name for name in mine if name in yours]
+    if not shared:
+        raise UsageError(f"no cell in common: {', '.join(mine)} against {', '.join(yours)}; run the same grid")
+    refused = [name for name in shared if mine[name].refused or yours[name].refused]
+    differences = [
+        difference
+        for name in shared
+        if name not in refused
+        for difference in _cell(mine[name], yours[name], _measured(base, name), _measured(other, name), config)
+    ]
+    return Comparison(base=str(config.base), other=str(config.other), differences=differences,
+                      only_in_one=sorted(mine.keys() ^ yours.keys()), refused=refused)  # fmt: skip
+
+
+def _read(path: Path) -> RunResult:
+    path = path / "result.json" if path.is_dir() else path
+    try:
+        return RunResult.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); name a folder that `ard loadtest` wrote") from None
+    except ValidationError as error:
+        raise DataError(f"{path}: not a result of this version ({error.error_count()} fields do not fit)") from None
+
+
+def _measured(result: RunResult, cell: str) -> list[RequestRecord]:
+    return [record for record in result.requests if record.cell == cell and record.role == "measured"]
+
+
+def _cell(
+    mine: CellResult, yours: CellResult, base: list[RequestRecord], other: list[RequestRecord], config: CompareConfig
+) -> list[Difference]:
+    found = []
+    for figure, pick in _LATENCIES.items():
+        before, after = _values(base, pick), _values(other, pick)
+        if before and after:
+            found.append(_latency(mine.cell, figure, before, after, config))
+    lost, won = _answers(base, other)
+    if mine.accuracy and yours.accuracy:
+        verdict: Verdict = (
+            "worse" if mcnemar_p(lost, won) < config.accuracy_p else "better" if mcnemar_p(won, lost) < config.accuracy_p
+            else "same" if lost == won else "unclear"
+        )  # fmt: skip
+        # As a ratio of wrong answers a perfect base would divide by zero: the share of right ones is inverted instead.
+        ratio = (mine.accuracy.rate or 1) / max(yours.accuracy.rate, 1e-9) if mine.accuracy.rate else 1.0
+        found.append(Difference(cell=mine.cell, figure="right answers", base=mine.accuracy.rate, other=yours.accuracy.rate,
+                                ratio=ratio, low=ratio, high=ratio, verdict=verdict))  # fmt: skip
+    failed = [sum(record.outcome != "ok" for record in records) / max(1, len(records)) for records in (base, other)]
+    if any(failed):
+        verdict = "worse" if failed[1] > failed[0] else "same" if failed[1] == failed[0] else "better"
+        ratio = (1 - failed[0]) / max(1 - failed[1], 1e-9)
+        found.append(Difference(cell=mine.cell, figure="failed requests", base=failed[0], other=failed[1], ratio=ratio,
+                                low=ratio, high=ratio, verdict=verdict))  # fmt: skip
+    return found
+
+
+def _values(records: Sequence[RequestRecord], pick: Callable[[RequestRecord], float | None]) -> list[float]:
+    return [value for record in records if record.outcome == "ok" and (value := pick(record)) is not None]
+
+
+def _latency(cell: str, figure: str, before: list[float], after: list[float], config: CompareConfig) -> Difference:
+    """Bootstrap of the ratio of medians (Efron 1979), seeded; fewer than four requests a side settle nothing."""
+    draw = np.random.default_rng(0)
+    medians = [
+        np.median(np.asarray(values)[draw.integers(0, len(values), (_RESAMPLES, len(values)))], axis=1)
+        for values in (before, after)
+    ]
+    tail = (1 - config.confidence) / 2
+    low, high = (float(edge) for edge in np.quantile(medians[1] / medians[0], (tail, 1 - tail)))
+    base, other = float(np.median(before)), float(np.median(after))
+    enough = min(len(before), len(after)) >= _FEWEST
+    verdict = judge(other / base, low, high, config.allowed) if enough else "unclear"
+    return Difference(cell=cell, figure=figure, base=base, other=other, ratio=other / base, low=low, high=high, verdict=verdict)
+
+
+def judge(ratio: float, low: float, high: float, allowed: float) -> Verdict:
+    """Worse or better only if the median moved by more than is allowed and the interval leaves out no change at all."""
+    if ratio > 1 + allowed and low > 1:
+        return "worse"
+    if ratio < 1 / (1 + allowed) and high < 1:
+        return "better"
+    return "same" if low >= 1 / (1 + allowed) and high <= 1 + allowed else "unclear"
+
+
+def _answers(base: Sequence[RequestRecord], other: Sequence[RequestRecord]) -> tuple[int, int]:
+    """(lost, won) answers among the tasks that both runs asked."""
+    before, after = (
+        {record.expected: record.correct for record in records if record.correct is not None} for records in (base, other)
+    )
+    both = before.keys() & after.keys()
+    lost = sum(bool(before[task]) and not after[task] for task in both)
+    return lost, sum(bool(after[task]) and not before[task] for task in both)

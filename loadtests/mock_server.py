@@ -1,0 +1,245 @@
+"""An OpenAI-compatible server whose latencies are known, so that a client can be held to the truth.
+
+It streams completions with a stated TTFT and gap, answers needles it finds in the prompt, reports vLLM's metrics, and
+breaks on demand. `python -m loadtests.mock_server --ttft-ms 200` prints its port on stdout once it listens.
+"""
+
+import argparse
+import asyncio
+import itertools
+import json
+import math
+import os
+import re
+import socket
+import time
+from collections.abc import Awaitable, Callable, MutableMapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import uvicorn
+from pydantic import Field
+
+from ard_serve.settings import Settings, add_flags
+
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+Fault = Literal["none", "stall", "drop", "error_event", "429", "500", "die", "short_usage", "wrong_under_load"]
+
+_NEEDLE = re.compile(r"number for ([\w-]+) is: (\d+)")
+_ASKED = re.compile(r".*number for ([\w-]+)\?", re.DOTALL)
+_WORD = re.compile(r"\s*\w+|\s*[^\w\s]")
+
+
+class MockConfig(Settings):
+    """How the mock server behaves."""
+
+    port: int = Field(0, ge=0, le=65535, description="port on 127.0.0.1; 0 takes a free one")
+    ttft_ms: float = Field(200, ge=0, description="time from a whole request to its first token")
+    ttft_ms_per_token: float = Field(0, ge=0, description="added to the TTFT for each prompt token")
+    itl_ms: float = Field(20, ge=0, description="gap between tokens")
+    tokens_per_event: int = Field(1, ge=1, description="tokens that one streamed event carries")
+    max_model_len: int = Field(131072, ge=16, description="the window it claims")
+    kv_blocks: int = Field(4096, ge=2, description="KV blocks of 16 tokens it claims; more than fit raises preemptions")
+    prefix_cache: bool = Field(False, description="count every prompt token as a prefix cache hit")
+    engine_metrics: bool = Field(True, description="answer on /metrics and /tokenize as vLLM does")
+    strict: bool = Field(False, description="refuse token ids, ignore_eos and stream_options as a plain server would")
+    fault: Fault = Field("none", description="what goes wrong")
+    fault_every: int = Field(1, ge=1, description="the fault strikes each n-th completion")
+    fault_after: int = Field(0, ge=0, description="completions before the first fault")
+
+
+@dataclass
+class _Engine:
+    """What the mock pretends to compute: a vocabulary that grows, and the counters vLLM keeps."""
+
+    words: list[str] = field(default_factory=lambda: ["<s>"])
+    ids: dict[str, int] = field(default_factory=lambda: {"<s>": 0})
+    held_blocks: dict[int, int] = field(default_factory=dict)
+    prompt_tokens: int = 0
+    generation_tokens: int = 0
+    hits: int = 0
+    preemptions: int = 0
+    latest_s: float = 0
+
+    def encode(self, text: str) -> list[int]:
+        return [self._id(word) for word in _WORD.findall(text)]
+
+    def _id(self, word: str) -> int:
+        if word not in self.ids:
+            self.ids[word] = len(self.words)
+            self.words.append(word)
+        return self.ids[word]
+
+    def decode(self, tokens: list[int]) -> str:
+        return "".join(self.words[token] if token < len(self.words) else " ?" for token in tokens)
+
+    def answer(self, text: str) -> str:
+        asked = _ASKED.match(text)
+        return dict(_NEEDLE.findall(text)).get(asked.group(1), "none") if asked else "none"
+
+    def outgrows(self, prompt_tokens: int, output_tokens: int, blocks: int) -> bool:
+        """Whether requests of this shape are admitted by their prompts and then outgrow the cache."""
+        running, whole = len(self.held_blocks), math.ceil((prompt_tokens + output_tokens) / 16)
+        admitted = min(running, blocks // math.ceil(prompt_tokens / 16))
+        return admitted * whole > blocks
+
+    def metrics(self, config: MockConfig) -> str:
+        usage = min(1.0, sum(self.held_blocks.values()) / (config.kv_blocks - 1))
+        samples = {
+            "vllm:num_requests_running": len(self.held_blocks),
+            "vllm:kv_cache_usage_perc": usage,
+            "vllm:num_preemptions_total": self.preemptions,
+            "vllm:prefix_cache_hits_total": self.hits,
+            "vllm:prompt_tokens_total": self.prompt_tokens,
+            "vllm:generation_tokens_total": self.generation_tokens,
+            f'vllm:cache_config_info{{block_size="16",num_gpu_blocks="{config.kv_blocks}"}}': 1.0,
+            "mock:event_lateness_seconds_max": self.latest_s,
+        }
+        return "".join(f"{name} {value}\n" for name, value in samples.items())
+
+
+class MockServer:
+    """The ASGI application."""
+
+    def __init__(self, config: MockConfig) -> None:
+        self.config = config
+        self._engine = _Engine()
+        self._numbers = itertools.count()
+
+    async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return
+        path, engine = scope["path"], self._engine
+        body = await _read_body(receive)
+        if path == "/v1/models":
+            model = {"id": "mock", "object": "model", "max_model_len": self.config.max_model_len}
+            await _reply(send, 200, {"object": "list", "data": [model]})
+        elif path in ("/v1/completions", "/v1/chat/completions"):
+            await self._complete(json.loads(body), path.endswith("chat/completions"), receive, send)
+        elif path == "/tokenize" and self.config.engine_metrics:
+            tokens = engine.encode(json.loads(body)["prompt"])
+            await _reply(send, 200, {"tokens": tokens, "count": len(tokens)})
+        elif path == "/metrics" and self.config.engine_metrics:
+            await _reply_text(send, 200, engine.metrics(self.config), "text/plain")
+        else:
+            await _reply(send, 404, {"error": {"message": f"no route {path}", "code": 404}})
+
+    async def _complete(self, request: dict[str, Any], chat: bool, receive: Receive, send: Send) -> None:
+        arrived_s, number, config = time.perf_counter(), next(self._numbers), self.config
+        strikes = number >= config.fault_after and (number - config.fault_after) % config.fault_every == 0
+        fault = config.fault if strikes else "none"
+        if fault == "die":
+            os._exit(1)
+        if fault in ("429", "500"):
+            await _reply(send, int(fault), {"error": {"message": f"injected {fault}", "code": int(fault)}})
+            return
+        prompt = request["messages"][-1]["content"] if chat else request["prompt"]
+        if config.strict and (isinstance(prompt, list) or "ignore_eos" in request):
+            await _reply(send, 400, {"error": {"message": "only text prompts and standard parameters", "code": 400}})
+            return
+        tokens = self._engine.encode(prompt) if isinstance(prompt, str) else prompt
+        if len(tokens) + request["max_tokens"] > config.max_model_len:
+            await _reply(send, 400, {"error": {"message": f"the window is {config.max_model_len} tokens", "code": 400}})
+            return
+        stream = asyncio.create_task(self._stream(number, fault, tokens, request, chat, arrived_s, send))
+        leaving = asyncio.create_task(_gone(receive))
+        await asyncio.wait({stream, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        leaving.cancel()
+        stream.cancel()
+        self._engine.held_blocks.pop(number, None)
+        if stream.done() and not stream.cancelled() and (error := stream.exception()):
+            raise error
+
+    async def _stream(
+        self, number: int, fault: str, tokens: list[int], request: dict[str, Any], chat: bool, arrived_s: float, send: Send
+    ) -> None:
+        config, engine = self.config, self._engine
+        count = request["max_tokens"]
+        engine.prompt_tokens += len(tokens)
+        engine.hits += len(tokens) if config.prefix_cache else 0
+        engine.held_blocks[number] = math.ceil((len(tokens) + count) / 16)
+        engine.preemptions += engine.outgrows(len(tokens), count, config.kv_blocks - 1)
+        answer = " " + engine.answer(engine.decode(tokens))
+        due_s = arrived_s + (config.ttft_ms + config.ttft_ms_per_token * len(tokens)) / 1000
+        await _sleep_until(due_s)
+        wrong = fault == "wrong_under_load" and len(engine.held_blocks) > 1
+        words = ["000000" if wrong else answer, *[" so"] * (count - 1)]
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/event-stream")]})
+        for at in range(0, count, config.tokens_per_event):
+            if at:
+                due_s += config.itl_ms * config.tokens_per_event / 1000
+                await _sleep_until(due_s)
+            if at >= count // 2 and fault in ("stall", "drop", "error_event"):
+                await _break(fault, send)
+                return
+            text = "".join(words[at : at + config.tokens_per_event])
+            engine.latest_s = max(engine.latest_s, time.perf_counter() - due_s)
+            await _event(send, _chunk(text, chat, "length" if at + config.tokens_per_event >= count else None))
+        engine.generation_tokens += count
+        if request.get("stream_options") and not config.strict:
+            reported = len(tokens) - 7 if fault == "short_usage" else len(tokens)
+            usage = {"prompt_tokens": reported, "completion_tokens": count, "total_tokens": reported + count}
+            await _event(send, {"choices": [], "usage": usage})
+        await send({"type": "http.response.body", "body": b"data: [DONE]\n\n"})
+
+
+def _chunk(text: str, chat: bool, finish: str | None) -> dict[str, Any]:
+    content: dict[str, Any] = {"delta": {"content": text}} if chat else {"text": text}
+    return {"object": "text_completion", "choices": [{"index": 0, "finish_reason": finish, **content}]}
+
+
+async def _break(fault: str, send: Send) -> None:
+    if fault == "stall":
+        await asyncio.sleep(3600)
+    if fault == "error_event":
+        await _event(send, {"error": {"message": "engine died", "code": 500}})
+    await send({"type": "http.response.body", "body": b""})
+
+
+async def _sleep_until(due_s: float) -> None:
+    if (left_s := due_s - time.perf_counter()) > 0:
+        await asyncio.sleep(left_s)
+
+
+async def _read_body(receive: Receive) -> bytes:
+    parts = []
+    while True:
+        message = await receive()
+        parts.append(message.get("body", b""))
+        if not message.get("more_body"):
+            return b"".join(parts)
+
+
+async def _gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _event(send: Send, data: dict[str, Any]) -> None:
+    await send({"type": "http.response.body", "body": b"data: %b\n\n" % json.dumps(data).encode(), "more_body": True})
+
+
+async def _reply(send: Send, status: int, data: dict[str, Any]) -> None:
+    await _reply_text(send, status, json.dumps(data), "application/json")
+
+
+async def _reply_text(send: Send, status: int, text: str, kind: str) -> None:
+    await send({"type": "http.response.start", "status": status, "headers": [(b"content-type", kind.encode())]})
+    await send({"type": "http.response.body", "body": text.encode()})
+
+
+def main() -> None:
+    """Serve until killed."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    add_flags(parser, MockConfig, *MockConfig.model_fields)
+    config = MockConfig.resolve(None, vars(parser.parse_args()))
+    listener = socket.create_server(("127.0.0.1", config.port), backlog=4096)
+    print(listener.getsockname()[1], flush=True)
+    server = uvicorn.Server(uvicorn.Config(MockServer(config), log_level="error", lifespan="off", access_log=False))
+    server.run(sockets=[listener])
+
+
+if __name__ == "__main__":
+    main()

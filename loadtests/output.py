@@ -1,0 +1,96 @@
+"""The files of a run: result.json, requests.jsonl (the session's journal), cells.csv, summary.md, report.html."""
+
+import csv
+import io
+import os
+from pathlib import Path
+
+from loadtests.records import CellResult, Distribution, RunResult
+from loadtests.units import short_ms
+
+_DISTRIBUTIONS = ("ttft_ms", "itl_ms", "tpot_ms", "e2e_ms", "scheduled_ms", "late_ms")
+_PERCENTILES = ("n", "mean", "p50", "p90", "p99", "max")
+
+
+def write_result(result: RunResult, folder: Path) -> None:
+    """Write `result.json`, so that a reader sees a whole one at any moment."""
+    # The gaps of every event are in requests.jsonl alone: they are nine tenths of the size.
+    text = result.model_dump_json(indent=1, exclude={"requests": {"__all__": {"gaps_ms"}}})
+    _replace(folder / "result.json", text)
+
+
+def write_tables(result: RunResult, folder: Path, with_page: bool) -> None:
+    """Write the tables and, `with_page`, the report."""
+    _replace(folder / "cells.csv", cells_csv(result))
+    _replace(folder / "summary.md", summary_markdown(result))
+    if not with_page:
+        return
+    # Imported here: matplotlib takes a second and 40 MB, which the measured part of a run must not pay.
+    from loadtests.report import render
+
+    _replace(folder / "report.html", render(result))
+
+
+def cells_csv(result: RunResult) -> str:
+    """One row for each cell, one column for each figure."""
+    out = io.StringIO()
+    plain = ["cell", "length", "concurrency", "rate", "requests", "window_s", "tokens_per_event", "prompt_tokens_per_s",
+             "output_tokens_per_s", "requests_per_s", "goodput_per_s", "load_average", "refused"]  # fmt: skip
+    spread = [f"{name}_{percentile}" for name in _DISTRIBUTIONS for percentile in _PERCENTILES]
+    memory = ["predicted_kv", "observed_kv", "preemptions", "server_rss_bytes", "gpu_bytes"]
+    writer = csv.DictWriter(out, [*plain, *spread, "accuracy", "accuracy_low", "accuracy_high", *memory])
+    writer.writeheader()
+    for cell in result.cells:
+        row = {name: getattr(cell, name) for name in plain} | {name: getattr(cell.memory, name) for name in memory}
+        for name in _DISTRIBUTIONS:
+            values: Distribution | None = getattr(cell, name)
+            row |= {f"{name}_{percentile}": getattr(values, percentile) if values else None for percentile in _PERCENTILES}
+        if cell.accuracy:
+            row |= {"accuracy": cell.accuracy.rate, "accuracy_low": cell.accuracy.low, "accuracy_high": cell.accuracy.high}
+        writer.writerow(row)
+    return out.getvalue()
+
+
+SUMMARY_HEADER = ("length", "load", "n", "TTFT p50", "TTFT p99", "ITL p50", "ITL p99", "E2E p50", "tok/s", "good req/s",
+                  "right", "KV needed", "KV", "preempted")  # fmt: skip
+
+
+def summary_row(cell: CellResult) -> list[str]:
+    """A cell as people read it; a refused cell shows no figure."""
+    load = str(cell.concurrency) if cell.concurrency else f"{cell.rate:g}/s" if cell.rate else "trace"
+    head = [str(cell.length or "trace"), load, str(cell.requests)]
+    if cell.refused:
+        return [*head, *["refused"] * (len(SUMMARY_HEADER) - len(head))]
+    latencies = ((cell.ttft_ms, "p50"), (cell.ttft_ms, "p99"), (cell.itl_ms, "p50"), (cell.itl_ms, "p99"), (cell.e2e_ms, "p50"))
+    memory = cell.memory
+    return [
+        *head,
+        *("–" if values is None else short_ms(getattr(values, percentile)) for values, percentile in latencies),
+        *("–" if value is None else f"{value:.3g}" for value in (cell.output_tokens_per_s, cell.goodput_per_s)),
+        f"{cell.accuracy.right}/{cell.accuracy.n}" if cell.accuracy else "–",
+        *("–" if share is None else f"{share:.0%}" for share in (memory.predicted_kv, memory.observed_kv)),
+        "–" if memory.preemptions is None else str(memory.preemptions),
+    ]
+
+
+def summary_markdown(result: RunResult) -> str:
+    """The cells as a Markdown table, with what a reader must know beside it."""
+    lines = [
+        f"# Load test of {result.server.get('model', '?')}: {result.status}",
+        "",
+        f"{result.started_at}, {result.duration_s:.0f} s, {result.machine['cpu']} x {result.machine['cores']}. "
+        f"`{result.command}`",
+        "",
+        *(f"- **{alarm}**" for alarm in result.alarms),
+        "",
+        "| " + " | ".join(SUMMARY_HEADER) + " |",
+        "|" + "---|" * len(SUMMARY_HEADER),
+        *("| " + " | ".join(summary_row(cell)) + " |" for cell in result.cells),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _replace(path: Path, text: str) -> None:
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    beside.write_text(text, encoding="utf-8")
+    beside.replace(path)

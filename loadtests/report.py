@@ -1,0 +1,280 @@
+"""`report.html`: what the run says, from the headline down to every figure, the settings and the machine."""
+
+import json
+import math
+from collections.abc import Callable, Sequence
+
+from loadtests import plots
+from loadtests.metrics import accuracy
+from loadtests.output import SUMMARY_HEADER, summary_row
+from loadtests.page import Shade, card, facts, heat, page, rows, text, tile
+from loadtests.records import CellResult, Distribution, RunResult
+from loadtests.units import short_bytes, short_count, short_ms
+
+Pick = Callable[[CellResult], float | None]
+
+
+def render(result: RunResult) -> str:
+    """The report as one self-contained HTML document."""
+    title = f"Load test of {result.server.get('model', 'a server')}"
+    sections = [_head(title, result), _tiles(result), _alarms(result), _maps(result), _curves(result), _answers(result),
+                _memory(result), _limits(result), _all_figures(result), _conditions(result)]  # fmt: skip
+    return page(title, [section for section in sections if section])
+
+
+def _head(title: str, result: RunResult) -> str:
+    ran = {"time_limit": "stopped at its time limit", "server_died": "cut short: the server died"}.get(result.status)
+    machine = result.machine
+    where = ", ".join([f"{machine['cpu']} × {machine['cores']}", *machine["gpus"]])
+    left_out = f" Left out: {', '.join(result.not_run)}." if result.not_run else ""
+    return (
+        f"<h1>{text(title)}</h1><p class='faint'>{text(result.server.get('url', ''))} · {text(result.started_at)} · "
+        f"{result.duration_s:.0f} s · {text(where)} · run {text(ran or result.status)}.{text(left_out)} "
+        f"{text(result.detail)}</p>"
+    )
+
+
+def _tiles(result: RunResult) -> str:
+    cells = [cell for cell in result.cells if not cell.refused and cell.ttft_ms]
+    if not cells:
+        return ""
+    calm = min(cells, key=lambda cell: (cell.concurrency or 0, -cell.length))
+    shortest = min(cells, key=lambda cell: (cell.concurrency or 0, cell.length))
+    fastest = max(cells, key=lambda cell: cell.output_tokens_per_s or 0)
+    assert calm.ttft_ms is not None
+    assert shortest.ttft_ms is not None
+    tiles = [
+        tile(short_ms(calm.ttft_ms.p50), f"to the first token of a {short_count(calm.length)} prompt, median, {_load(calm)}")
+    ]
+    if calm is not shortest:
+        ratio, times = calm.ttft_ms.p50 / shortest.ttft_ms.p50, calm.length / shortest.length
+        tiles.append(tile(f"× {ratio:.3g}", f"what × {times:.3g} the length costs, against {short_count(shortest.length)}"))
+    if calm.itl_ms:
+        tiles.append(tile(short_ms(calm.itl_ms.p50), f"between tokens at {short_count(calm.length)}, median, {_load(calm)}"))
+    if fastest.output_tokens_per_s:
+        made = f"output tokens/s at most, {short_count(fastest.length)} prompts, {_load(fastest)}"
+        tiles.append(tile(f"{fastest.output_tokens_per_s:.3g}", made))
+    if right := accuracy(record for record in result.requests if record.role == "measured"):
+        tiles.append(tile(f"{right.right} of {right.n}", f"hidden numbers found ({right.low:.0%} to {right.high:.0%} at 95%)"))
+    if lengths := result.kv.get("lengths"):
+        longest = max(lengths, key=int)
+        tiles.append(tile(str(lengths[longest]["fits"]), f"prompts of {short_count(int(longest))} fit the KV cache at once"))
+    return f'<div class="tiles">{"".join(tiles)}</div>'
+
+
+def _alarms(result: RunResult) -> str:
+    flags = [f"{cell.cell}: {flag}" for cell in result.cells for flag in cell.flags]
+    boxes = [f'<div class="alarm"><b>Alarm.</b> {text(alarm)}</div>' for alarm in result.alarms]
+    boxes += [f'<div class="card"><b>Note.</b> {text(flag)}</div>' for flag in flags]
+    graded = any(cell.accuracy for cell in result.cells)
+    if not result.alarms and graded and len({cell.concurrency for cell in result.cells}) > 1:
+        boxes.append('<p class="calm"><b>No alarm:</b> answers do not get worse with concurrency beyond chance.</p>')
+    return "".join(boxes)
+
+
+def _maps(result: RunResult) -> str:
+    cells = result.cells
+    maps = [
+        _grid("Time to first token, median", cells, _percentile("ttft_ms", "p50"), short_ms, "cost"),
+        _grid("Time to first token, 99th percentile", cells, _percentile("ttft_ms", "p99"), short_ms, "cost"),
+        _grid("Time between tokens, median", cells, _percentile("itl_ms", "p50"), short_ms, "cost"),
+        _grid("Longest silence in a stream", cells, _percentile("itl_ms", "max"), short_ms, "cost"),
+        _grid("Output tokens per second", cells, lambda c: c.output_tokens_per_s, lambda v: f"{v:.3g}", "gain"),
+        _grid("Good requests per second", cells, lambda c: c.goodput_per_s, lambda v: f"{v:.3g}", "gain"),
+    ]
+    intro = (
+        "Rows are prompt lengths in tokens, columns the requests in flight or per second. The stronger the colour, the more."
+    )
+    return f'<h2>What length and load cost</h2><p>{intro}</p><div class="cards">{"".join(maps)}</div>'
+
+
+def _percentile(latency: str, name: str) -> Pick:
+    def pick(cell: CellResult) -> float | None:
+        values: Distribution | None = getattr(cell, latency)
+        return None if values is None else float(getattr(values, name))
+
+    return pick
+
+
+def _grid(
+    title: str, cells: Sequence[CellResult], pick: Pick, unit: Callable[[float], str], colour: str, share: bool = False
+) -> str:
+    """`share`: the figures are parts of a whole, coloured from nothing to all; others by their logarithm, least to most."""
+    loads = sorted({(cell.concurrency or 0, cell.rate or 0) for cell in cells})
+    values = [value for cell in cells if not cell.refused and (value := pick(cell)) is not None]
+    scale = (lambda value: value) if share else _logarithmic(values)
+    body: list[tuple[str, list[Shade]]] = []
+    for length in sorted({cell.length for cell in cells}):
+        at = {(cell.concurrency or 0, cell.rate or 0): cell for cell in cells if cell.length == length}
+        body.append((short_count(length) if length else "trace", [_shade(at.get(load), pick, unit, scale) for load in loads]))
+    columns = [f"{rate:g}/s" if rate else f"{concurrency}" for concurrency, rate in loads]
+    return card(title, heat("length \\ load", columns, body, colour) if values else "")
+
+
+def _logarithmic(values: Sequence[float]) -> Callable[[float], float]:
+    low, high = max(min(values, default=1), 1e-6), max(*values, 1e-6, 1e-6)
+    spread = math.log(high / low) if high > low else 1
+    return lambda value: math.log(max(value, low) / low) / spread
+
+
+def _shade(cell: CellResult | None, pick: Pick, unit: Callable[[float], str], scale: Callable[[float], float]) -> Shade:
+    if cell is None:
+        return "", None
+    if cell.refused:
+        return "refused", None
+    value = pick(cell)
+    return ("–", None) if value is None else (unit(value), scale(value))
+
+
+def _curves(result: RunResult) -> str:
+    fit = result.fits.get("ttft")
+    law = ""
+    if fit:
+        law = (
+            f"Line: {short_ms(fit['a_ms'])} + {short_ms(1000 * fit['b_ms'])} per 1,000 tokens + {short_ms(1e6 * fit['c_ms'])} "
+            f"per (1,000 tokens)², least squares on {fit['requests']} requests at concurrency {fit['concurrency']}, with the "
+            "95% band of the mean. Small dots are single requests."
+        )
+    pictures = [
+        card("Time to first token against length", plots.ttft_by_length(result), law),
+        card("Output tokens per second against concurrency",
+             plots.curves_by_concurrency(result, "output_tokens_per_s", "output tokens/s", lambda v: f"{v:g}", False)),
+        card("Time between tokens, 99th percentile",
+             plots.curves_by_concurrency(result, "itl_ms.p99", "time between tokens", short_ms, True),
+             "High where long prompts are worked off between the tokens of others."),
+        card("Over the run", plots.latency_over_time(result), "Cells run in shuffled order; drift would show as a slope."),
+    ]  # fmt: skip
+    shown = "".join(pictures)
+    return f'<h2>Curves</h2><div class="cards">{shown}</div>' if shown else ""
+
+
+def _answers(result: RunResult) -> str:
+    cells = [cell for cell in result.cells if cell.accuracy]
+    if not cells:
+        return ""
+    loads = _grid("Right answers by length and load", cells, lambda c: c.accuracy.rate if c.accuracy else None,
+                  lambda v: f"{v:.0%}", "gain", share=True)  # fmt: skip
+    intro = (
+        "Each timed request hides a six-digit number in its text and asks for it at the end; the first number of the answer "
+        "must be it. The same tasks are asked at every load, so that an answer lost under load is seen as such."
+    )
+    return f'<h2>Right answers under load</h2><p>{intro}</p><div class="cards">{loads}{_by_depth(result)}</div>'
+
+
+def _by_depth(result: RunResult) -> str:
+    strata = int(result.settings["depths"])
+    body: list[tuple[str, list[Shade]]] = []
+    for length in sorted({cell.length for cell in result.cells if cell.length}):
+        found = [[0, 0] for _ in range(strata)]
+        for cell in result.cells:
+            for at, one in enumerate(cell.accuracy_by_depth if cell.length == length else []):
+                if one is not None:
+                    found[at] = [found[at][0] + one.right, found[at][1] + one.n]
+        body.append((short_count(length), [(f"{right}/{n}", right / n) if n else ("–", None) for right, n in found]))
+    columns = [f"{100 * at / strata:.0f}–{(at + 1) / strata:.0%}" for at in range(strata)]
+    table = heat("length \\ depth", columns, body, "gain") if body else ""
+    return card("Right answers by length and depth", table, "0% is the start of the prompt, 100% its end; all loads together.")
+
+
+def _memory(result: RunResult) -> str:
+    kv = result.kv
+    pairs: list[tuple[str, object]] = []
+    if "bytes_per_token" in kv:
+        pairs.append(("KV bytes per token, from config.json", f"{kv['bytes_per_token']:,} ({kv['kind']} attention)"))
+    if "reported_bytes_per_token" in kv:
+        pairs.append(("KV bytes per token, reported by the engine", f"{kv['reported_bytes_per_token']:,.1f}"))
+    if "pool_tokens" in kv:
+        pairs.append(("tokens that the KV cache holds", f"{kv['pool_tokens']:,}"))
+    peaks = [cell.memory.server_rss_bytes for cell in result.cells if cell.memory.server_rss_bytes]
+    if peaks:
+        pairs.append(("server's process tree, peak resident memory", short_bytes(max(peaks))))
+    if gpu := [cell.memory.gpu_bytes for cell in result.cells if cell.memory.gpu_bytes]:
+        pairs.append(("GPU memory in use, peak", short_bytes(max(gpu))))
+    lengths = kv.get("lengths", {})
+    header = ("length", "fit at once", "preemption predicted at", "preemption seen at", "largest load without")
+    body = [
+        [short_count(int(length)), *("–" if row[key] is None else str(row[key]) for key in
+         ("fits", "predicted_preemption_at", "observed_preemption_at", "largest_without"))]
+        for length, row in lengths.items()
+    ]  # fmt: skip
+    ceiling = (
+        "Below the line all requests hold their whole context at once. Above it some wait until others end, or, where their "
+        "outputs outgrow the cache, are preempted: the engine throws a context away and computes it again."
+    )
+    parts = [
+        card("What fits", plots.memory_ceiling(result), ceiling),
+        card("Predicted and observed use", plots.kv_predicted_and_observed(result)),
+        card("Requests that fit, by length", rows(header, body) if body else ""),
+        card("Figures", facts(pairs) if pairs else ""),
+    ]
+    shown = "".join(parts)
+    return f'<h2>Memory</h2><div class="cards">{shown}</div>' if shown else ""
+
+
+def _limits(result: RunResult) -> str:
+    limits = result.fits.get("limits")
+    if not limits:
+        return ""
+    settings = result.settings
+    asked = [
+        f"first token within {short_ms(settings['ttft_limit_ms'])}" if settings["ttft_limit_ms"] else "",
+        f"at most {short_ms(settings['itl_limit_ms'])} per token" if settings["itl_limit_ms"] else "",
+        f"at least {settings['accuracy_limit']:.0%} right" if settings["accuracy_limit"] else "",
+    ]
+    body = [[short_count(int(length)), str(c) if c else "none"] for length, c in limits["by_length"].items()]
+    intro = f"For nine requests of ten: {', '.join(part for part in asked if part)}."
+    table = rows(("length", "largest concurrency within the limits"), body)
+    return f'<h2>What fits your limits</h2><p>{text(intro)}</p><div class="cards">{card("", table)}</div>'
+
+
+def _all_figures(result: RunResult) -> str:
+    spread = []
+    for cell in result.cells:
+        for name, values in (("TTFT", cell.ttft_ms), ("ITL", cell.itl_ms), ("TPOT", cell.tpot_ms), ("E2E", cell.e2e_ms),
+                             ("scheduled", cell.scheduled_ms), ("sent late", cell.late_ms)):  # fmt: skip
+            if values and not cell.refused:
+                spread.append([cell.cell, name, *_spread(values)])
+    summary = rows(SUMMARY_HEADER, [summary_row(cell) for cell in result.cells])
+    detail = rows(("cell", "latency", "n", "mean", "p50", "p90", "p99", "max"), spread)
+    outcomes = rows(
+        ("cell", "outcomes"), [[c.cell, ", ".join(f"{n} {k}" for k, n in c.outcomes.items())] for c in result.cells]
+    )
+    return (
+        f'<h2>All figures</h2><div class="card">{summary}</div><p></p><details class="card"><summary>Percentiles of every '
+        f'latency</summary>{detail}</details><p></p><details class="card"><summary>Outcomes</summary>{outcomes}</details>'
+    )
+
+
+def _spread(values: Distribution) -> list[str]:
+    return [str(values.n), *(short_ms(value) for value in (values.mean, values.p50, values.p90, values.p99, values.max))]
+
+
+def _conditions(result: RunResult) -> str:
+    client = result.client
+    told = ""
+    if client:
+        told = (
+            f"At concurrency {client['concurrency']} against a mock server this client reports a median TTFT of "
+            f"{client['ttft_p50_ms']:.0f} ms where {client['true_ttft_ms']:.0f} ms are true, and a median gap of "
+            f"{client['itl_p50_ms']:.1f} ms where {client['true_itl_ms']:.0f} ms are; it took {client['cpu_s']:.1f} "
+            f"CPU-seconds and {short_bytes(client['rss_bytes'])}."
+        )
+    dumped = {"settings": result.settings, "server": result.server, "machine": result.machine}
+    blocks = "".join(
+        card(name, facts([(k, json.dumps(v) if isinstance(v, dict | list) else v) for k, v in values.items()]))
+        for name, values in dumped.items()
+    )
+    return (
+        f"<h2>Conditions</h2><p>{text(told)}</p><p>Command: <code>{text(result.command)}</code> "
+        f"{f'at commit <code>{text(result.commit)}</code>' if result.commit else ''}</p>"
+        f'<details><summary>Settings, server and machine</summary><div class="cards">{blocks}</div></details>'
+        "<p class='faint'>TTFT: request written to first event with a token. ITL: between token-bearing events, pooled. TPOT: "
+        "mean per token after the first. E2E: to the last token. Scheduled: from planned arrival to last token. Throughput "
+        "counts tokens while the load is at its target. Good: within every limit given, and right.</p>"
+    )
+
+
+def _load(cell: CellResult) -> str:
+    if cell.concurrency is not None:
+        return "one at a time" if cell.concurrency == 1 else f"{cell.concurrency} at once"
+    return f"{cell.rate:g} per second" if cell.rate else "as in the trace"

@@ -1,0 +1,92 @@
+"""Comparing runs: noise is no regression, a regression is, and exit code 7 says so."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ard_serve.errors import DataError, QualityGateError, UsageError
+from loadtests.compare import CompareConfig, compare, judge, run
+from loadtests.metrics import accuracy, distribution
+from loadtests.records import CellResult, RequestRecord, RunResult
+
+
+def write_run(folder: Path, ttft_ms: float, seed: int, right: int = 16, requests: int = 16, **fields: object) -> Path:
+    noise = np.random.default_rng(seed).normal(1, 0.03, requests)
+    records = [
+        RequestRecord(cell="1024x1", repeat=0, index=n, role="measured", outcome="ok", prompt_tokens=1024, output_tokens=11,
+                      events=11, planned_s=0, sent_s=n, ttft_ms=ttft_ms * noise[n], e2e_ms=ttft_ms * noise[n] + 500,
+                      expected=f"{100_000 + n}", correct=n < right)
+        for n in range(requests)
+    ]  # fmt: skip
+    cell = CellResult(cell="1024x1", length=1024, concurrency=1, requests=requests, outcomes={"ok": requests},
+                      ttft_ms=distribution(r.ttft_ms or 0 for r in records), accuracy=accuracy(records))  # fmt: skip
+    result = RunResult(started_at="now", command="ard", settings={"output_tokens": 11, "arrival": "closed"}, server={},
+                       machine={}, cells=[cell], requests=records)  # fmt: skip
+    folder.mkdir()
+    changed = result.model_copy(update=fields)
+    (folder / "result.json").write_text(changed.model_dump_json(), encoding="utf-8")
+    return folder
+
+
+def config(base: Path, other: Path, **fields: object) -> CompareConfig:
+    return CompareConfig.model_validate({"base": base, "other": other} | fields)
+
+
+def test_two_runs_of_one_server_are_the_same(tmp_path: Path) -> None:
+    base, other = write_run(tmp_path / "a", 1000, 1), write_run(tmp_path / "b", 1000, 2)
+    comparison = compare(config(base, other))
+    assert {d.figure: d.verdict for d in comparison.differences} == {
+        "TTFT": "same", "TPOT": "same", "E2E": "same", "right answers": "same"
+    }  # fmt: skip
+    assert run(config(base, other, out=tmp_path / "compared.json")) == 0
+    assert "TTFT" in (tmp_path / "compared.json").read_text(encoding="utf-8")
+
+
+def test_a_slower_server_ends_with_seven_and_the_figure(tmp_path: Path) -> None:
+    base, other = write_run(tmp_path / "a", 1000, 1), write_run(tmp_path / "b", 1300, 2)
+    with pytest.raises(QualityGateError, match=r"first TTFT of 1024x1: 1\d{3} against \d+, allowed 10%") as raised:
+        run(config(base, other))
+    assert raised.value.exit_code == 7
+    assert run(config(other, base)) == 0
+    assert run(config(base, other, allowed=0.5)) == 0
+
+
+def test_lost_answers_are_a_regression_at_the_same_speed(tmp_path: Path) -> None:
+    base, other = write_run(tmp_path / "a", 1000, 1), write_run(tmp_path / "b", 1000, 2, right=8)
+    with pytest.raises(QualityGateError, match="right answers of 1024x1"):
+        run(config(base, other))
+    assert run(config(base, write_run(tmp_path / "c", 1000, 2, right=15))) == 0
+
+
+def test_few_requests_settle_nothing(tmp_path: Path) -> None:
+    base, other = write_run(tmp_path / "a", 1000, 1, requests=3), write_run(tmp_path / "b", 2000, 2, requests=3)
+    latencies = [d for d in compare(config(base, other)).differences if d.figure == "TTFT"]
+    assert [d.verdict for d in latencies] == ["unclear"]
+
+
+@pytest.mark.parametrize(
+    ("ratio", "low", "high", "verdict"),
+    [(1.3, 1.2, 1.4, "worse"), (1.3, 0.9, 1.8, "unclear"), (1.05, 1.02, 1.08, "same"), (0.7, 0.6, 0.8, "better"),
+     (1.0, 0.8, 1.3, "unclear")],
+)  # fmt: skip
+def test_verdicts(ratio: float, low: float, high: float, verdict: str) -> None:
+    assert judge(ratio, low, high, 0.1) == verdict
+
+
+def test_runs_that_ask_different_things_do_not_compare(tmp_path: Path) -> None:
+    base = write_run(tmp_path / "a", 1000, 1)
+    other = write_run(tmp_path / "b", 1000, 2, settings={"output_tokens": 99, "arrival": "closed"})
+    with pytest.raises(UsageError, match="output_tokens: 11 against 99"):
+        compare(config(base, other))
+    with pytest.raises(UsageError, match="no cell in common"):
+        compare(config(base, write_run(tmp_path / "c", 1000, 2, cells=[])))
+
+
+def test_what_is_no_result_is_named(tmp_path: Path) -> None:
+    base = write_run(tmp_path / "a", 1000, 1)
+    (tmp_path / "x.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(DataError, match=r"x\.json: not a result"):
+        compare(config(base, tmp_path / "x.json"))
+    with pytest.raises(DataError, match="cannot be read"):
+        compare(config(base, tmp_path / "missing"))

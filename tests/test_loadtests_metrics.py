@@ -1,0 +1,133 @@
+"""Figures against hand-made records whose truth is plain."""
+
+import numpy as np
+import pytest
+
+from loadtests.config import LoadConfig
+from loadtests.fits import corruption_alarms, fit_ttft, mcnemar_p, what_fits
+from loadtests.metrics import accuracy, by_depth, distribution, full_load_window, meets_limits, tokens_within
+from loadtests.records import Accuracy, CellResult, Distribution, RequestRecord
+
+
+def record(**fields: object) -> RequestRecord:
+    usual = {"cell": "c", "repeat": 0, "index": 0, "role": "measured", "outcome": "ok", "prompt_tokens": 1000,
+             "output_tokens": 11, "events": 11, "planned_s": 0.0, "sent_s": 0.0, "ttft_ms": 1000.0, "e2e_ms": 2000.0,
+             "gaps_ms": [100.0] * 10}  # fmt: skip
+    return RequestRecord.model_validate(usual | fields)
+
+
+def test_percentiles_are_pooled_and_carry_n() -> None:
+    found = distribution(range(1, 101))
+    assert found == Distribution(n=100, mean=50.5, p50=50.5, p90=90.1, p99=99.01, max=100)
+    assert distribution([]) is None
+
+
+def test_tpot_leaves_out_the_first_token_and_needs_two() -> None:
+    assert record().tpot_ms == 100
+    assert record(output_tokens=1, events=1, gaps_ms=[], e2e_ms=1000.0).tpot_ms is None
+
+
+def test_wilson_interval() -> None:
+    # Wilson's interval of 8 in 10, as tabulated: 0.4902 to 0.9433.
+    found = accuracy([record(correct=index < 8) for index in range(10)])
+    assert found is not None
+    assert [found.rate, found.low, found.high] == pytest.approx([0.8, 0.4902, 0.9433], abs=1e-3)
+    assert accuracy([record()]) is None
+
+
+def test_depths_are_kept_apart() -> None:
+    found = by_depth([record(depth=0.1, correct=True), record(depth=0.95, correct=False)], 5)
+    assert [one.rate if one else None for one in found] == [1.0, None, None, None, 0.0]
+
+
+def test_throughput_counts_every_stream_within_full_load_only() -> None:
+    records = [
+        record(role="ramp", sent_s=0.0),
+        record(role="measured", sent_s=2.0),
+        record(role="fill", sent_s=3.0, outcome="cancelled", ttft_ms=None, e2e_ms=None, events=0, gaps_ms=[]),
+    ]
+    window = full_load_window(records, closed=True)
+    assert window == (2.0, 4.0)
+    prompt, output = tokens_within(records, *window)
+    # The measured prompt whole; the cancelled one has had the usual second.
+    assert prompt == pytest.approx(2000)
+    assert output == pytest.approx(11)
+
+
+def test_tokens_of_packed_events_are_counted_as_the_server_counts_them() -> None:
+    packed = record(output_tokens=22, events=11)
+    assert list(tokens_within([packed], 0, 10)) == pytest.approx([1000, 22])
+
+
+def test_open_loop_throughput_ends_with_the_arrivals() -> None:
+    records = [record(planned_s=0.0), record(planned_s=5.0, sent_s=5.0)]
+    assert full_load_window(records, closed=False) == (0, 5)
+
+
+@pytest.mark.parametrize(
+    ("fields", "good"),
+    [({}, True), ({"ttft_ms": 1600.0}, False), ({"outcome": "no_done"}, False), ({"correct": False}, False),
+     ({"correct": True}, True), ({"e2e_ms": 5000.0}, False)],
+)  # fmt: skip
+def test_good_requests_meet_every_limit(fields: dict[str, object], good: bool) -> None:
+    config = LoadConfig(url="http://127.0.0.1:1", ttft_limit_ms=1500, itl_limit_ms=150)
+    assert meets_limits(record(**fields), config) is good
+
+
+def test_ttft_law_is_found_again() -> None:
+    lengths = np.repeat([1024, 2048, 4096, 8192, 16384], 6).astype(float)
+    truth = 50 + 0.2 * lengths + 2e-5 * lengths**2
+    noisy = truth * (1 + 0.02 * np.random.default_rng(0).standard_normal(lengths.size))
+    fit = fit_ttft(lengths.tolist(), noisy.tolist())
+    assert fit is not None
+    assert fit.b_ms == pytest.approx(0.2, rel=0.15)
+    assert fit.c_ms == pytest.approx(2e-5, rel=0.1)
+    assert fit.quadratic_from_tokens == pytest.approx(10_000, rel=0.25)
+    for length, _, low, high in fit.curve:
+        assert low < 50 + 0.2 * length + 2e-5 * length**2 < high
+
+
+def test_ttft_law_has_no_negative_term() -> None:
+    lengths = [1000.0, 2000.0, 4000.0, 8000.0]
+    fit = fit_ttft(lengths, [100 * length**0.5 for length in lengths])
+    assert fit is not None
+    assert min(fit.a_ms, fit.b_ms, fit.c_ms) >= 0
+    assert fit.quadratic_from_tokens is None
+    assert fit_ttft([1000, 1000, 2000], [1, 1, 2]) is None
+
+
+def cell(length: int, concurrency: int, ttft_ms: float = 100, rate: float = 1.0) -> CellResult:
+    spread = Distribution(n=8, mean=ttft_ms, p50=ttft_ms, p90=ttft_ms, p99=ttft_ms, max=ttft_ms)
+    graded = Accuracy(n=8, right=round(8 * rate), rate=rate, low=0, high=1)
+    return CellResult(cell=f"{length}x{concurrency}", length=length, concurrency=concurrency, requests=8,
+                      outcomes={"ok": 8}, ttft_ms=spread, accuracy=graded)  # fmt: skip
+
+
+def test_what_fits_stops_at_the_first_load_that_does_not() -> None:
+    config = LoadConfig(url="http://127.0.0.1:1", ttft_limit_ms=500, accuracy_limit=0.9)
+    cells = [cell(1024, 1), cell(1024, 2), cell(1024, 4, ttft_ms=900), cell(1024, 8), cell(4096, 1), cell(4096, 2, rate=0.5),
+             cell(8192, 1, ttft_ms=700)]  # fmt: skip
+    assert what_fits(cells, config) == {
+        "by_length": {"1024": 2, "4096": 1, "8192": 0}, "longest": 4096, "concurrency_at_longest": 1
+    }  # fmt: skip
+    assert what_fits(cells, LoadConfig(url="http://127.0.0.1:1")) is None
+
+
+def answers(name: str, right: list[bool]) -> list[RequestRecord]:
+    return [record(cell=name, expected=f"{100_000 + task}", correct=correct) for task, correct in enumerate(right)]
+
+
+def test_alarm_pairs_the_answers_of_one_task() -> None:
+    cells = [cell(1024, 1), cell(1024, 8)]
+    alone, half = answers("1024x1", [True] * 12), answers("1024x8", [True] * 6 + [False] * 6)
+    assert len(corruption_alarms(cells, alone + half)) == 1
+    one_lost = answers("1024x8", [True] * 11 + [False])
+    assert corruption_alarms(cells, alone + one_lost) == []
+    # As many wrong answers, but the same ones: the model's limit, not the load's doing.
+    assert corruption_alarms(cells, answers("1024x1", [True] * 6 + [False] * 6) + half) == []
+
+
+def test_mcnemar() -> None:
+    assert mcnemar_p(0, 0) == 1
+    assert mcnemar_p(6, 0) == 1 / 64
+    assert mcnemar_p(5, 1) == pytest.approx(7 / 64)

@@ -1,0 +1,152 @@
+"""The page: self-contained, harmless, and honest about what was refused or never measured."""
+
+import csv
+import io
+from html.parser import HTMLParser
+from typing import Any
+
+import pytest
+
+from loadtests.config import LoadConfig
+from loadtests.fits import add_fits
+from loadtests.metrics import accuracy, by_depth, distribution
+from loadtests.output import cells_csv, summary_markdown
+from loadtests.records import CellMemory, CellResult, RequestRecord, RunResult
+from loadtests.report import render
+from loadtests.units import short_count, short_ms
+
+_VOID = {"meta", "br", "path", "use", "rect", "circle", "line", "clippath", "stop"}
+
+
+class Balance(HTMLParser):
+    """Fails on a tag that closes none, and collects the text."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.text = ""
+        self.links: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.links += [value or "" for name, value in attrs if name in ("src", "href", "xlink:href")]
+        if tag not in _VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.links += [value or "" for name, value in attrs if name in ("src", "href", "xlink:href")]
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in _VOID:
+            assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if "style" not in self.open:
+            self.text += data
+
+
+def records(length: int, concurrency: int) -> list[RequestRecord]:
+    return [
+        RequestRecord(cell=f"{length}x{concurrency}", repeat=0, index=n, role="measured", outcome="ok", prompt_tokens=length,
+                      output_tokens=8, events=8, planned_s=n, sent_s=n, gaps_ms=[20.0] * 7,
+                      ttft_ms=length * concurrency / 2 + n, depth=n / 8,
+                      e2e_ms=length * concurrency / 2 + n + 140, expected=f"{100_000 + n}", correct=n != 7)
+        for n in range(8)
+    ]  # fmt: skip
+
+
+def cell(length: int, concurrency: int, **fields: Any) -> CellResult:
+    own = records(length, concurrency)
+    memory = CellMemory(predicted_kv=concurrency * length / 40_000, observed_kv=concurrency * length / 40_000,
+                        preemptions=int(concurrency == 8), server_rss_bytes=5 << 30)  # fmt: skip
+    return CellResult(
+        cell=f"{length}x{concurrency}", length=length, concurrency=concurrency, requests=8, outcomes={"ok": 8}, memory=memory,
+        ttft_ms=distribution(r.ttft_ms or 0 for r in own), itl_ms=distribution([20.0] * 56), output_tokens_per_s=50.0,
+        accuracy=accuracy(own), accuracy_by_depth=by_depth(own, 5), **fields,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def result() -> RunResult:
+    config = LoadConfig(url="http://127.0.0.1:1", ttft_limit_ms=3000)
+    grid = [(length, concurrency) for length in (1024, 2048, 4096) for concurrency in (1, 8)]
+    machine = {"cpu": "a processor", "cores": 2, "gpus": []}
+    found = RunResult(
+        status="complete", started_at="2026-01-01", duration_s=12, command="ard loadtest",
+        settings=config.model_dump(mode="json"),
+        server={"model": "<script>alert(1)</script>", "url": "http://127.0.0.1:1"}, machine=machine,
+        kv={"kind": "grouped-query", "bytes_per_token": 23_040, "pool_tokens": 40_000, "lengths": {
+            "4096": {"fits": 9, "predicted_preemption_at": 10, "observed_preemption_at": None, "largest_without": 8}}},
+        cells=[cell(length, concurrency) for length, concurrency in grid],
+        requests=[record for point in grid for record in records(*point)],
+    )  # fmt: skip
+    add_fits(found, config)
+    return found
+
+
+def read(page: str) -> Balance:
+    parser = Balance()
+    parser.feed(page)
+    parser.close()
+    assert parser.open == []
+    return parser
+
+
+def test_page_is_whole_and_needs_nothing_from_outside(result: RunResult) -> None:
+    page = render(result)
+    parsed = read(page)
+    assert page.count("<svg") == 6
+    assert all(link.startswith("#") for link in parsed.links)
+    assert "@import" not in page
+    assert "<script" not in page
+    assert "<script>alert(1)</script>" in parsed.text
+    for said in (
+        "2.05 s",
+        "What fits your limits",
+        "Right answers by length and depth",
+        "23,040",
+        "least squares on 24 requests",
+    ):
+        assert said in parsed.text, said
+
+
+def test_colours_follow_the_readers_setting(result: RunResult) -> None:
+    page = render(result)
+    assert "prefers-color-scheme: dark" in page
+    svg = page[page.index("<svg") : page.index("</svg>")]
+    assert "var(--s0)" in svg
+    assert "var(--ink)" in svg
+    assert "#000000" not in svg, "black would vanish on the dark page"
+
+
+def test_refused_cell_shows_no_figure(result: RunResult) -> None:
+    result.cells[0] = cell(1024, 1, refused="the prefix cache answered 5 of 10 prompt tokens", rate=None)
+    add_fits(result, LoadConfig(url="http://127.0.0.1:1"))
+    assert "the prefix cache answered 5 of 10" in read(render(result)).text
+    row = next(line for line in summary_markdown(result).splitlines() if line.startswith("| 1024 | 1 |"))
+    assert row.count("refused") == 11
+    assert result.fits["ttft"] is None, "two lengths are left"
+
+
+@pytest.mark.parametrize("cells", [0, 1])
+def test_page_of_a_run_cut_short(result: RunResult, cells: int) -> None:
+    result.cells, result.requests = result.cells[:cells], result.requests[: 8 * cells]
+    result.status, result.kv, result.fits = "server_died", {}, {}
+    assert "the server died" in read(render(result)).text
+
+
+def test_csv_has_a_row_for_each_cell(result: RunResult) -> None:
+    rows = list(csv.DictReader(io.StringIO(cells_csv(result))))
+    assert len(rows) == 6
+    assert rows[0]["cell"] == "1024x1"
+    assert float(rows[0]["ttft_ms_p50"]) == pytest.approx(515.5)
+    assert rows[0]["accuracy"] == "0.875"
+
+
+@pytest.mark.parametrize(("ms", "shown"), [(0.5, "0.5 ms"), (999.4, "999 ms"), (999.6, "1 s"), (12_345, "12.3 s")])
+def test_milliseconds(ms: float, shown: str) -> None:
+    assert short_ms(ms) == shown
+
+
+@pytest.mark.parametrize(("count", "shown"), [(512, "512"), (1024, "1K"), (65_536, "64K"), (61_440, "60K"), (8128, "7.9K")])
+def test_counts(count: int, shown: str) -> None:
+    assert short_count(count) == shown

@@ -1,0 +1,165 @@
+"""From a model to answers over HTTP, by the commands a user types: restore, doctor, serve with real vLLM, ask, stop."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from ard_serve.artifact import read_manifest, verify
+
+ARD = [sys.executable, "-m", "ard_serve.cli"]
+SMALL = ["--batch-tokens", "1024", "--steps", "6", "--rank", "4", "--learning-rate", "0.01", "--dtype", "fp32"]
+SMALL += ["--window", "128", "--long-window", "256"]
+START_TIMEOUT_S = 300
+NEW_TOKENS = 24
+
+
+def ard(*words: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*ARD, *map(str, words)], capture_output=True, text=True, timeout=300, check=False)
+
+
+@pytest.fixture(scope="module")
+def base(make_checkpoint: Callable[..., Path]) -> Path:
+    return make_checkpoint("llama3", head_dim=32)  # the least that vLLM attends with on a CPU
+
+
+@pytest.fixture(scope="module")
+def run(base: Path, texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished restoration, evaluation included."""
+    out = tmp_path_factory.mktemp("restored") / "run"
+    ended = ard("restore", base, "--target-length", 512, "--data", texts, "--out", out, *SMALL)
+    assert ended.returncode == 0, ended.stderr
+    return out
+
+
+@pytest.fixture(scope="module")
+def server(run: Path) -> Iterator[str]:
+    """URL of the gateway, ready, over a real vLLM engine."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [*ARD, "serve", run / "model", "--port", port, "--kv-cache-gib", "0.01", "--beyond-measured", "mark"]
+    command += ["--max-model-len", 512, "--", "--enforce-eager", "--dtype", "float32"]
+    process = subprocess.Popen([str(word) for word in command], stderr=subprocess.PIPE, text=True, env=os.environ)
+    url = f"http://127.0.0.1:{port}"
+    try:
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while not _ready(url):
+            assert process.poll() is None, process.stderr.read() if process.stderr else ""
+            assert time.monotonic() < deadline, "the engine did not become ready"
+            time.sleep(0.5)
+        yield url
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def _ready(url: str) -> bool:
+    try:
+        return httpx.get(f"{url}/readyz", timeout=5).status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+def test_the_result_is_complete_and_as_promised(run: Path) -> None:
+    manifest = read_manifest(run / "model")
+    assert manifest is not None
+    verify(run / "model", manifest)
+    assert manifest.quality.restored is not None
+    assert manifest.quality.restored.perplexity.keys() == {512}
+    assert (manifest.recipe.steps, manifest.recipe.objectives) == (6, {"attention": 1.0, "logits": 1.0, "lm": 1.0})
+    assert {"config.yaml", "metrics.jsonl", "evaluation.json", "report.html", "held-out.jsonl"} <= {
+        p.name for p in run.iterdir()
+    }
+    assert "perplexity at 512 tokens" in (run / "model" / "README.md").read_text()
+    assert ard("doctor", run / "model").returncode == 0
+
+
+def test_export_again_gives_the_same_weights(run: Path, tmp_path: Path) -> None:
+    ended = ard("export", run, "--out", tmp_path / "again", "--evaluation", run / "evaluation.json")
+    assert ended.returncode == 0, ended.stderr
+    for name in ("model.safetensors", "config.json", "README.md"):
+        assert (tmp_path / "again" / name).read_bytes() == (run / "model" / name).read_bytes(), name
+
+
+def test_a_finished_run_is_not_overwritten(base: Path, run: Path, texts: Path) -> None:
+    ended = ard("restore", base, "--target-length", 512, "--data", texts, "--out", run, *SMALL)
+    assert ended.returncode == 2
+    assert f"{run}: holds an earlier run; add --resume" in ended.stderr
+
+
+@pytest.mark.fault("R14")
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_saves_and_the_printed_command_goes_on(
+    base: Path, texts: Path, tmp_path: Path, number: signal.Signals, code: int
+) -> None:
+    words = [*ARD, "restore", base, "--target-length", 512, "--data", texts, "--out", tmp_path / "run", *SMALL]
+    words += ["--steps", 400, "--no-evaluate", "--checkpoint-every", 1000, "--validation-every", 1000]
+    process = subprocess.Popen([str(word) for word in words], stderr=subprocess.PIPE, text=True)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    while not (metrics.exists() and len(metrics.read_text().splitlines()) > 2):
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == code
+    assert f"stopped by {number.name} at step" in err
+    (saved,) = (tmp_path / "run" / "checkpoints").iterdir()
+    step = json.loads((saved / "state.json").read_text())["step"]
+    (command,) = [line for line in err.splitlines() if line.startswith("ard restore --config")]
+    resumed = subprocess.Popen([*ARD, *command.split()[1:]], stderr=subprocess.PIPE, text=True)
+    while len(metrics.read_text().splitlines()) < step + 3:
+        assert resumed.poll() is None
+        time.sleep(0.05)
+    resumed.send_signal(signal.SIGTERM)
+    _, err = resumed.communicate(timeout=120)
+    assert f"resumed at step {step} of 400" in err
+    assert [json.loads(line)["step"] for line in metrics.read_text().splitlines()][: step + 2] == list(range(step + 2))
+
+
+@pytest.mark.fault("R20")
+def test_two_runs_cannot_share_a_folder(base: Path, texts: Path, tmp_path: Path) -> None:
+    from restore.runfolder import locked
+
+    with locked(tmp_path / "run"):
+        ended = ard("restore", base, "--target-length", 512, "--data", texts, "--out", tmp_path / "run", *SMALL)
+    assert ended.returncode == 2
+    assert f"in use by process {os.getpid()}" in ended.stderr
+
+
+@pytest.mark.vllm
+def test_vllm_and_transformers_say_the_same(run: Path, server: str) -> None:
+    """Greedy tokens through the gateway equal transformers', inside and beyond the native window of 128."""
+    model: Any = AutoModelForCausalLM.from_pretrained(run / "model", dtype=torch.float32)
+    for length in (5, 100, 400):
+        prompt = [(7 * i) % 251 for i in range(length)]
+        body = {"model": "model", "prompt": prompt, "max_tokens": NEW_TOKENS, "temperature": 0, "logprobs": 0}
+        reply = httpx.post(f"{server}/v1/completions", json=body | {"return_token_ids": True}, timeout=60)
+        assert reply.status_code == 200, reply.text
+        choice = reply.json()["choices"][0]
+        ids = torch.tensor([prompt])
+        said = model.generate(ids, max_new_tokens=NEW_TOKENS, do_sample=False, attention_mask=torch.ones_like(ids))
+        assert choice["token_ids"] == said[0, length:].tolist()
+
+
+@pytest.mark.vllm
+def test_a_chat_streams(server: str) -> None:
+    body = {"model": "model", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 8, "stream": True}
+    with httpx.stream("POST", f"{server}/v1/chat/completions", json=body, timeout=60) as reply:
+        lines = [line for line in reply.iter_lines() if line]
+    assert reply.status_code == 200
+    assert lines[-1] == "data: [DONE]"
+    assert len(lines) > 2

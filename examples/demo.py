@@ -46,7 +46,7 @@ def main() -> None:
     step("export with the scores in its model card", DEMO / "exported" / "ard-manifest.json", ard(*export))
     with served(DEMO / "exported"):
         answer = ask(QUESTION)
-        load = ["loadtest", URL, "--config", "examples/demo-load.yaml", "--out", LOAD]
+        load = ["loadtest", URL, "--model-dir", DEMO / "exported", "--config", "examples/demo-load.yaml", "--out", LOAD]
         step("load test", LOAD / "report.html", ard(*load))
     summary(answer, time.monotonic() - started)
 

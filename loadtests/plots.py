@@ -133,12 +133,14 @@ def memory_ceiling(result: RunResult) -> str:
 
 def latency_over_time(result: RunResult) -> str:
     """TTFT of each measured request at the moment it was sent: drift, stalls and outliers show here."""
+    # Grouped by the length that was asked for: where a server gives no token ids, the true one varies by a few tokens.
+    lengths = {cell.cell: cell.length for cell in result.cells}
     sent: dict[int, list[RequestRecord]] = {}
     for record in result.requests:
         if record.role == "measured" and record.ttft_ms:
-            sent.setdefault(record.prompt_tokens, []).append(record)
+            sent.setdefault(lengths[record.cell] or record.prompt_tokens, []).append(record)
     # A replayed trace has as many lengths as requests: no legend tells them apart.
-    groups = sorted(sent.items())[: len(_SERIES)] if len(sent) <= len(_SERIES) else []
+    groups = sorted(sent.items()) if len(sent) <= len(_SERIES) else []
     if not groups:
         return ""
 

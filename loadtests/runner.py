@@ -165,7 +165,8 @@ class _LoadTest:
     def _advance(self, record: RequestRecord) -> None:
         if self._bar is not None and record.role in ("measured", "ramp"):
             shown = f"{record.ttft_ms:.0f} ms to the first token" if record.ttft_ms is not None else record.outcome
-            self._bar.advance(_cost(record.prompt_tokens, record.output_tokens), f"{record.cell}: {shown}")
+            cell = next(cell for cell in self._cells if cell.name == record.cell)
+            self._bar.advance(_cost(cell), f"{record.cell}: {shown}")
 
     def measured(self) -> int:
         """Measured requests that succeeded so far."""
@@ -209,11 +210,11 @@ def _show(result: RunResult, folder: Path) -> None:
     console.err.print(f"written: {page}, {folder / 'result.json'}", highlight=False, soft_wrap=True)
 
 
-def _cost(prompt_tokens: int, output_tokens: int) -> float:
-    """Rough work of a request, so that the time left follows the tokens and not the requests."""
-    return prompt_tokens + 16 * output_tokens
+def _cost(cell: Cell) -> float:
+    """Rough work of one request, so that the time left follows the tokens and not the requests; a trace has no length."""
+    return (cell.length or 1024) + 16 * cell.output_tokens
 
 
 def _work(cell: Cell, config: LoadConfig) -> float:
     ramp = cell.concurrency if cell.concurrency and cell.concurrency > 1 else 0
-    return (cell.requests(config) + ramp) * _cost(cell.length or 1024, cell.output_tokens)
+    return (cell.requests(config) + ramp) * _cost(cell)

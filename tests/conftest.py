@@ -13,6 +13,10 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Tiny tensors: a second thread costs more than it brings, and far more on a busy machine.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# Triton reads this when it is first imported, whoever imports it: without a GPU its kernels run in its interpreter.
+if not Path("/dev/nvidiactl").exists():
+    os.environ["TRITON_INTERPRET"] = "1"
+
 # One small shape for all: 2 layers, 4 query heads of 16 channels, a byte vocabulary.
 _SHAPE: dict[str, Any] = {
     "vocab_size": 259,

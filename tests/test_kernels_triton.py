@@ -1,14 +1,8 @@
 """The Triton kernels under Triton's interpreter (CPU, small shapes) or on a GPU where there is one, against dense float64."""
 
-import os
-
 import pytest
 import torch
 from torch import Tensor
-
-if not torch.cuda.is_available():
-    # Read by triton when a kernel is defined, so before the import below.
-    os.environ["TRITON_INTERPRET"] = "1"
 
 pytest.importorskip("triton", reason="triton is not installed")
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from loadtests import plots
 from loadtests.config import LoadConfig
 from loadtests.fits import add_fits
 from loadtests.metrics import accuracy, by_depth, distribution
@@ -116,6 +117,14 @@ def test_colours_follow_the_readers_setting(result: RunResult) -> None:
     assert "var(--s0)" in svg
     assert "var(--ink)" in svg
     assert "#000000" not in svg, "black would vanish on the dark page"
+
+
+def test_prompts_of_about_one_length_are_one_series(result: RunResult) -> None:
+    """Where a server gives no token ids, prompts of 1K are 1,030 or 1,041 tokens; the legend still says 1K once."""
+    for number, record in enumerate(result.requests):
+        record.prompt_tokens += number
+    drawn = plots.latency_over_time(result)
+    assert [drawn.count(f"{name} tokens") for name in ("1K", "2K", "4K")] == [1, 1, 1]
 
 
 def test_refused_cell_shows_no_figure(result: RunResult) -> None:

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from scripts import quality_table
+
 ROOT = Path(__file__).parent.parent
 PACKAGES = {"ard_serve", "restore", "server", "loadtests"}
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -64,6 +66,13 @@ def test_every_path_a_page_names_exists(page: Path) -> None:
         if name.startswith(GIVEN) or name.split("/")[0] not in {path.name for path in ROOT.iterdir()}:
             continue
         assert (ROOT / name).exists(), f"{page.name} names {name}"
+
+
+@pytest.mark.parametrize("page", quality_table.PAGES, ids=lambda page: page.name)
+def test_the_tables_of_a_page_are_what_the_results_say(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    assert "<!-- quality " in text
+    assert quality_table.filled(text) == text, "run python scripts/quality_table.py"
 
 
 def test_the_demo_books_are_what_their_manifest_says() -> None:

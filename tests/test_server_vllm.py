@@ -27,7 +27,8 @@ TEMPLATE = (
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small random Llama with a byte-level tokenizer and a chat template.
 
-    Not the tiniest: an engine that makes tokens faster than its API process passes them on sends them in one piece.
+    Not the tiniest: its weights (120 MB) fill no processor's cache, so that a long answer takes seconds on any machine. An
+    engine that makes tokens faster than its API process passes them on sends them in one piece.
     """
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -46,7 +47,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     fast.save_pretrained(folder)
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=320, hidden_size=512, intermediate_size=1024, num_hidden_layers=8, num_attention_heads=4,
+        vocab_size=320, hidden_size=768, intermediate_size=2048, num_hidden_layers=12, num_attention_heads=4,
         num_key_value_heads=2, head_dim=32, max_position_embeddings=WINDOW, bos_token_id=256, eos_token_id=257,
     )  # fmt: skip
     network: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)  # type: ignore[no-untyped-call]
@@ -60,7 +61,7 @@ def gateway(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[G
 
     with gateways(tmp_path_factory.mktemp("gateway")) as start:
         command = ServeConfig.model_fields["engine_command"].default
-        fields = {"engine_command": command, "engine_args": ["--enforce-eager"], "kv_cache_gib": 0.008, "drain_s": 20}
+        fields = {"engine_command": command, "engine_args": ["--enforce-eager"], "kv_cache_gib": 0.012, "drain_s": 20}
         yield start(
             environment={"OMP_NUM_THREADS": "2"}, model=str(model), **fields, canary_interval_s=1, canary_timeout_s=30,
             start_timeout_s=300, restart_backoff_s=0.1,
@@ -147,7 +148,7 @@ def test_a_plan_counts_exactly_and_costs_no_prefill(gateway: Gateway) -> None:
 @pytest.mark.parametrize("stream", [True, False])
 def test_leaving_frees_the_engines_slot_within_a_second(gateway: Gateway, stream: bool) -> None:
     with send(gateway, stream=stream, prompt=[1, 2], max_tokens=WINDOW - 10, ignore_eos=True):
-        wait_for(lambda: engine_metric(gateway, "vllm:num_requests_running") == 1, 5)
+        wait_for(lambda: engine_metric(gateway, "vllm:num_requests_running") == 1, 15)
     assert wait_for(lambda: engine_metric(gateway, "vllm:num_requests_running") == 0, 5) < 1.5
     assert gateway.metric("ard_kv_reserved_tokens") == 0
 

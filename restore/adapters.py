@@ -107,6 +107,10 @@ def _inject_lora(model: PreTrainedModel, config: RestoreConfig) -> None:
         if parameter.requires_grad:
             assert "lora_" in name, "only adapters learn"
             parameter.data = parameter.data.float()
+    for module in model.modules():
+        if isinstance(module, LoraLinear):
+            # Autocast makes the products' inputs bf16 in any case; peft would keep an fp32 copy of each beside them.
+            module.cast_input_dtype_enabled = False
 
 
 def _inject_deltas(model: PreTrainedModel, config: RestoreConfig) -> None:

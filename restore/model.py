@@ -34,11 +34,11 @@ class TwoFaced:
         model.train(False)
         rotary, config_class = type(model.model.rotary_emb), type(model.config)
         base = model.config.to_dict()
-        self._rotary = {
+        self.rotary = {
             "teacher": rotary(config_class.from_dict(plan.native_config(base))).to(model.device),
             "student": rotary(config_class.from_dict(plan.target_config(base))).to(model.device),
         }
-        model.model.rotary_emb = self._rotary["student"]
+        model.model.rotary_emb = self.rotary["student"]
 
     @property
     def layers(self) -> nn.ModuleList:
@@ -56,17 +56,17 @@ class TwoFaced:
     @contextmanager
     def as_teacher(self) -> Iterator[PreTrainedModel]:
         """The untouched model, for a plain transformers forward; outside, the model is the student."""
-        self.model.model.rotary_emb = self._rotary["teacher"]
+        self.model.model.rotary_emb = self.rotary["teacher"]
         try:
             with self.adapters.disabled():
                 yield self.model
         finally:
-            self.model.model.rotary_emb = self._rotary["student"]
+            self.model.model.rotary_emb = self.rotary["student"]
 
     def student(self, ids_BT: Tensor, positions_BT: Tensor | None = None) -> Tensor:
         """Final hidden states of the student, one checkpoint a layer: [B, T, C]."""
         hidden = self._embed(ids_BT)
-        rope = self._rotary["student"](hidden, self._positions(ids_BT, positions_BT))
+        rope = self.rotary["student"](hidden, self._positions(ids_BT, positions_BT))
         for layer in self.layers:
             hidden = checkpoint(_run_layer, layer, hidden, rope, use_reentrant=False)
         return self._norm(hidden)
@@ -88,8 +88,8 @@ class TwoFaced:
             Final hidden states of the student and of the teacher, [B, T, C] each, and each layer's losses.
         """
         student = teacher = self._embed(ids_BT)
-        teacher_rope = self._rotary["teacher"](teacher, self._positions(ids_BT, None))
-        student_rope = self._rotary["student"](student, self._positions(ids_BT, student_positions_BT))
+        teacher_rope = self.rotary["teacher"](teacher, self._positions(ids_BT, None))
+        student_rope = self.rotary["student"](student, self._positions(ids_BT, student_positions_BT))
         losses: list[dict[str, Tensor]] = []
 
         def compare(number: int, student: Tensor, teacher: Tensor) -> tuple[Tensor, dict[str, Tensor]]:

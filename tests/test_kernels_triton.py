@@ -50,17 +50,19 @@ def _check(
 
     truth, true_gradients = dense(torch.float64)
     eager, eager_gradients = dense(q_s.dtype)
-    _no_worse(kl, eager, truth)
+    # A kernel keeps one log-sum-exp a row and computes the logit anew. Each is rounded to fp32, so a probability is off by
+    # the share `rounding` for either, in student and teacher; in a self-relation a token is both row and column.
+    rounding = 2**-24 * max(float(lse[lse.isfinite()].abs().max()) for lse in (lse_s, lse_t))
+    spread = max(SCALES) * float((upstream[..., None] * q_s.float()).norm())
+    _no_worse(kl, eager, truth, 2 * rounding * truth.numel() ** 0.5)
     for gradient, eager_gradient, true_gradient in zip(ours, eager_gradients, true_gradients, strict=True):
         assert gradient.dtype == q_s.dtype
-        _no_worse(gradient, eager_gradient, true_gradient)
+        _no_worse(gradient, eager_gradient, true_gradient, (4 if key else 8) * rounding * spread)
 
 
-def _no_worse(ours: Tensor, eager: Tensor, truth: Tensor) -> None:
+def _no_worse(ours: Tensor, eager: Tensor, truth: Tensor, rounding: float) -> None:
     error, eager_error = (ours.double() - truth).norm(), (eager.double() - truth).norm()
-    assert error <= 1.1 * eager_error + 2e-6 * truth.norm() + 3e-7 * truth.numel() ** 0.5, (
-        f"error {error:.3g}, eager {eager_error:.3g}"
-    )
+    assert error <= 1.1 * eager_error + rounding, f"error {error:.3g}, eager {eager_error:.3g}, rounding {rounding:.3g}"
 
 
 @pytest.mark.parametrize("tokens", [1, 31, 64, 65, 129, 200])

@@ -24,12 +24,17 @@ def two_faces(folder: Path, dtype: torch.dtype = torch.float32, **settings: obje
     return TwoFaced(AutoModelForCausalLM.from_pretrained(folder, dtype=dtype), plan, config)
 
 
+def autocast(dtype: torch.dtype) -> torch.autocast:
+    """As the trainer runs: bf16 weights under autocast, fp32 ones without."""
+    return torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16)
+
+
 @torch.no_grad()
 def teacher_logits(faces: TwoFaced) -> tuple[torch.Tensor, torch.Tensor]:
     """The teacher's logits by transformers' own forward, and by the paired pass beside an active student."""
     with faces.as_teacher() as model:
         plain = model(IDS).logits
-    with torch.autocast("cpu", torch.bfloat16, enabled=plain.dtype == torch.bfloat16):
+    with autocast(plain.dtype):
         _, hidden, _ = faces.pair(IDS)
     return plain, faces.model.lm_head(hidden)
 
@@ -48,7 +53,8 @@ def test_teacher_is_the_untouched_model_before_during_and_after_training(
     for _ in range(3):
         for logits in teacher_logits(faces):
             assert torch.equal(logits, untouched)
-        loss, _, _ = losses.distil(IDS)
+        with autocast(dtype):
+            loss, _, _ = losses.distil(IDS)
         torch.autograd.backward(loss)
         for logits in teacher_logits(faces):  # Gradients waiting, graph just used.
             assert torch.equal(logits, untouched)
@@ -56,7 +62,7 @@ def test_teacher_is_the_untouched_model_before_during_and_after_training(
         optimizer.zero_grad()
     for logits in teacher_logits(faces):
         assert torch.equal(logits, untouched)
-    with torch.no_grad():
+    with torch.no_grad(), autocast(dtype):
         assert not torch.allclose(faces.model(IDS).logits, untouched, atol=0.1), "the student must have moved away"
 
 

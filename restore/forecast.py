@@ -1,0 +1,183 @@
+"""How much memory a run takes, told before it starts: a training step on tensors that have shapes but no contents.
+
+The step is the trainer's own, run under PyTorch's FakeTensorMode on models of two and three layers; memory grows by the same
+amount with every further layer, and beyond some length with every further token. Nothing is computed and nothing of the
+model's size is allocated, so a forecast takes seconds for any model, and it follows every change of the training step.
+"""
+
+import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import AutoModelForCausalLM
+
+from ard_serve.errors import ResourceError
+from restore.config import RestoreConfig
+from restore.inspection import transformers_config
+from restore.model import TwoFaced
+from restore.objectives import Losses
+from restore.rope import RopePlan
+from restore.trainer import plan_steps
+
+_FEW, _MORE = 2, 3
+# Longer windows are extrapolated from this many tokens and half of them; by then a layer's work outweighs a chunk of logits.
+_LONGEST_MEASURED = 32_768
+# Adapter, gradient, two moments of AdamW and the best weights so far, in fp32.
+_BYTES_PER_TRAINED = 20
+# Below these, a run would teach nothing worth having.
+_SHORTEST_WINDOW, _LOWEST_RANK = 512, 8
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """Bytes of device memory that a run needs at its peak, and what they are for."""
+
+    weights_bytes: int
+    trained_bytes: int
+    """Adapters, their gradients, the optimizer's state and the best adapters so far."""
+    step_bytes: int
+    """What a step adds: checkpoints, one layer's work, a chunk of logits."""
+
+    @property
+    def peak_bytes(self) -> int:
+        return self.weights_bytes + self.trained_bytes + self.step_bytes
+
+    def __str__(self) -> str:
+        parts = (self.peak_bytes, self.weights_bytes, self.trained_bytes, self.step_bytes)
+        peak, weights, trained, step = (f"{size / 1e9:.1f} GB" for size in parts)
+        return f"{peak} (weights {weights}, adapters and optimizer {trained}, a step {step})"
+
+
+def forecast(base: Mapping[str, Any], rope: RopePlan, config: RestoreConfig) -> Forecast:
+    """Forecast a run from the model's config.json alone.
+
+    Args:
+        base: the contents of config.json.
+        rope: how far it is stretched.
+        config: the run.
+    """
+    layers = int(base["num_hidden_layers"])
+    few, more = (_measure(base, rope, config, count) for count in (_FEW, _MORE))
+    weights, trained, distilling, reading = (low + (layers - _FEW) * (high - low) for low, high in zip(few, more, strict=True))
+    return Forecast(weights, trained, max(distilling, reading))
+
+
+def _measure(base: Mapping[str, Any], rope: RopePlan, config: RestoreConfig, layers: int) -> tuple[int, int, int, int]:
+    """For a model of `layers` layers: bytes of the weights, of what is trained, of a distillation and of an lm window."""
+    plan = plan_steps(config, rope)
+    shape = rope.native_config(dict(base)) | {"num_hidden_layers": layers}
+    if "layer_types" in shape:
+        shape["layer_types"] = shape["layer_types"][:1] * layers  # every layer attends fully, or the model was refused
+    dtype = torch.bfloat16 if config.dtype == "bf16" else torch.float32
+    with torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(transformers_config(shape), dtype=dtype)  # type: ignore[no-untyped-call]
+        faces = TwoFaced(model, rope, config)
+    with FakeTensorMode():
+        _materialise(faces)
+        for parameter in faces.adapters.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        trained = sum(parameter.numel() for parameter in faces.adapters.parameters())
+        weights = sum(weight.untyped_storage().nbytes() for weight in model.parameters() if not weight.requires_grad)
+        losses = Losses(faces, config.weights)
+
+        def peak_bytes(loss: Callable[[Tensor], Any], length: int) -> int:
+            if length > _LONGEST_MEASURED:
+                half, whole = peak_bytes(loss, _LONGEST_MEASURED // 2), peak_bytes(loss, _LONGEST_MEASURED)
+                return whole + (whole - half) * (length - _LONGEST_MEASURED) // (_LONGEST_MEASURED // 2)
+            with _Peak(model) as peak, torch.autocast("cpu", dtype=torch.bfloat16, enabled=config.dtype == "bf16"):
+                torch.autograd.backward(loss(torch.zeros(1, length, dtype=torch.long))[0])
+            return int(peak.bytes)
+
+        distilling = peak_bytes(losses.distil, plan.window) if plan.short_windows else 0
+        reading = peak_bytes(losses.language_model, plan.long_window) if plan.long_windows else 0
+    return weights, _BYTES_PER_TRAINED * trained, distilling, reading
+
+
+def _materialise(faces: TwoFaced) -> None:
+    """Give every tensor of a model on the meta device a place on the (fake) CPU, where kernels choose as on a device."""
+    placed: dict[int, Tensor] = {}  # by identity: tied weights stay tied
+
+    def place(tensor: Tensor) -> Tensor:
+        if id(tensor) not in placed:
+            fake = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+            placed[id(tensor)] = nn.Parameter(fake, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fake
+        return placed[id(tensor)]
+
+    for module in {*faces.model.modules(), *(m for rotary in faces.rotary.values() for m in rotary.modules())}:
+        for tensors in (module._parameters, module._buffers):
+            tensors.update({name: place(tensor) for name, tensor in tensors.items() if tensor is not None})
+
+
+class _Peak(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the bytes of every storage that an operation makes, for as long as it lives."""
+
+    def __init__(self, model: nn.Module) -> None:
+        """The weights of `model` were there before: a view of one is nothing new."""
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.bytes: int = 0
+        self._now = 0
+        self._alive = {weight.untyped_storage()._cdata for weight in model.parameters()}
+
+    def __torch_dispatch__(self, operation: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = operation(*args, **(kwargs or {}))
+        for leaf in tree_leaves(output):
+            if isinstance(leaf, Tensor):
+                self._count(leaf.untyped_storage())
+        return output
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._alive:
+            return
+        self._alive.add(key)
+        self._now += size
+        self.bytes = max(self.bytes, self._now)
+        weakref.finalize(storage, self._free, key, size)
+
+    def _free(self, key: int, size: int) -> None:
+        self._alive.discard(key)
+        self._now -= size
+
+
+def check_memory(base: Mapping[str, Any], rope: RopePlan, config: RestoreConfig, device: torch.device) -> Forecast:
+    """Refuse a run that cannot fit on `device`, and name one that would.
+
+    Raises:
+        ResourceError: it does not fit, with the sizes and the settings that would.
+    """
+    needed, free_bytes = forecast(base, rope, config), _free_bytes(device)
+    if needed.peak_bytes > free_bytes:
+        remedy = _what_fits(base, rope, config, free_bytes)
+        raise ResourceError(f"{device}: this run needs about {needed}, {free_bytes / 1e9:.1f} GB are free; {remedy}")
+    return needed
+
+
+def _what_fits(base: Mapping[str, Any], rope: RopePlan, config: RestoreConfig, free_bytes: int) -> str:
+    """Halve the windows, the long one first, then the rank, until a run fits."""
+    plan = plan_steps(config, rope)
+    window, long_window, rank = plan.window, plan.long_window, config.rank
+    while True:
+        if long_window > window and plan.long_windows:
+            long_window //= 2
+        elif window > _SHORTEST_WINDOW and plan.short_windows:
+            window //= 2
+        elif rank > _LOWEST_RANK and config.trainable == "lora":
+            rank //= 2
+        else:
+            return "no smaller window or rank would fit: use a smaller model or another device"
+        smaller = config.model_copy(update={"window": window, "long_window": long_window, "rank": rank})
+        if forecast(base, rope, smaller).peak_bytes <= free_bytes:
+            return f"--window {window} --long-window {long_window} --rank {rank} would fit"
+
+
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)

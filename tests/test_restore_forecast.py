@@ -1,0 +1,94 @@
+"""The memory forecast: what the allocator of a real step reports, for every family, and a refusal that names what would fit."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ard_serve.cli import main
+from restore.config import RestoreConfig
+from restore.forecast import forecast
+from restore.inspection import read_config
+from restore.kernels import chunked
+from restore.loading import load
+from restore.model import TwoFaced
+from restore.objectives import Losses
+from restore.rope import RopePlan, plan_rope
+from restore.trainer import plan_steps
+
+MakeCheckpoint = Callable[..., Path]
+SHAPE = {"hidden_size": 128, "intermediate_size": 384, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 3000}
+LAYERS = 6
+
+
+def planned(base: dict[str, Any], **fields: Any) -> tuple[RestoreConfig, RopePlan]:
+    config = RestoreConfig.model_validate({"model": "m", "target_length": 1024, "data": ("d",), "out": "o", "rank": 8} | fields)
+    return config, plan_rope(base, config.target_length, config.rope_type)
+
+
+@pytest.mark.parametrize(("recipe", "dtype"), [("default", "bf16"), ("default", "fp32"), ("linearard", "bf16")])
+def test_a_real_step_takes_what_was_forecast(
+    make_checkpoint: MakeCheckpoint, recipe: str, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The CPU kernel's scratch, 1 MiB a tile, is nothing beside a real model and would be much beside this one.
+    monkeypatch.setattr(chunked, "TILE_ELEMENTS", 1 << 13)
+    folder = make_checkpoint("llama3", num_hidden_layers=LAYERS, max_position_embeddings=512, **SHAPE)
+    base = read_config(folder)
+    config, rope = planned(base, recipe=recipe, dtype=dtype, batch_tokens=1024)
+    expected = forecast(base, rope, config)
+
+    faces = TwoFaced(load(folder, torch.bfloat16 if dtype == "bf16" else torch.float32), rope, config)
+    plan, losses = plan_steps(config, rope), Losses(faces, config.weights)
+    trained = sum(parameter.numel() for parameter in faces.adapters.parameters())
+    for parameter in faces.adapters.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    autocast = torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == "bf16")
+    with torch.profiler.profile(profile_memory=True) as profile, autocast:
+        if plan.short_windows:
+            torch.autograd.backward(losses.distil(torch.ones(1, plan.window, dtype=torch.long))[0])
+        if plan.long_windows:
+            torch.autograd.backward(losses.language_model(torch.ones(1, plan.long_window, dtype=torch.long))[0])
+    weights = [weight for weight in faces.model.parameters() if not weight.requires_grad]
+    assert expected.weights_bytes == sum(weight.nbytes for weight in weights)
+    assert expected.trained_bytes == 20 * trained
+    assert expected.step_bytes == pytest.approx(_peak(profile), rel=0.1)
+
+
+def _peak(profile: torch.profiler.profile) -> int:
+    """Most bytes that the CPU's allocator held above what it held at first."""
+    assert profile.profiler is not None
+    assert profile.profiler.kineto_results is not None
+    totals = [total for event in _events(profile.profiler.kineto_results.experimental_event_tree())
+              if (total := getattr(event.extra_fields, "total_allocated", None)) is not None]  # fmt: skip
+    return int(max(totals) - totals[0])
+
+
+def _events(tree: Any) -> Iterator[Any]:
+    for event in tree:
+        yield event
+        yield from _events(event.children)
+
+
+@pytest.mark.parametrize("family", ["llama-tied", "mistral", "qwen3"])
+def test_a_forecast_needs_no_weights_and_grows_with_the_layers(make_checkpoint: MakeCheckpoint, family: str) -> None:
+    base = read_config(make_checkpoint(family))
+    config, rope = planned(base, target_length=512)
+    needed = forecast(base | {"num_hidden_layers": 40}, rope, config)
+    assert needed.peak_bytes > forecast(base, rope, config).peak_bytes
+    assert min(needed.weights_bytes, needed.trained_bytes, needed.step_bytes) > 0
+
+
+@pytest.mark.fault("R11")
+def test_a_run_that_cannot_fit_is_refused_before_it_starts(
+    make_checkpoint: MakeCheckpoint, texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A window of 16M tokens through 64 layers: half a terabyte, on this machine as it is."""
+    model = make_checkpoint("llama3", num_hidden_layers=64, hidden_size=256)
+    words = ["restore", str(model), "--data", str(texts), "--out", str(tmp_path / "out"), "--device", "cpu"]
+    assert main([*words, "--target-length", str(2**24), "--long-window", str(2**24)]) == 5
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert "cpu: this run needs about" in said
+    assert "GB are free; --window 128 --long-window " in said
+    assert not (tmp_path / "out" / "metrics.jsonl").exists()

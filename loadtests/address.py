@@ -19,10 +19,15 @@ class Address:
     api_key: str = ""
 
     @property
+    def authority(self) -> str:
+        """Host and port as a URL and a Host header write them."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{host}:{self.port}"
+
+    @property
     def base(self) -> str:
         """The address as a URL without a trailing slash."""
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        return f"{self.scheme}://{host}:{self.port}{self.prefix}"
+        return f"{self.scheme}://{self.authority}{self.prefix}"
 
     @property
     def headers(self) -> dict[str, str]:

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import psutil
+import uvloop
 
 from ard_serve.errors import ResourceError
 from loadtests.address import Address
@@ -19,6 +20,7 @@ from loadtests.tokens import TokenSource
 
 TTFT_MS, ITL_MS = 200.0, 20.0
 _START_S = 20
+_FEWEST_REQUESTS = 4
 
 
 class ClientBias(Record):
@@ -62,11 +64,11 @@ async def mock_server(*flags: str) -> AsyncIterator[Address]:
 async def measure_bias(
     concurrency: int, prompt_tokens: int, output_tokens: int, requests: int = 0, follow: Stream = stream
 ) -> ClientBias:
-    """Load a mock server with `requests` (by default one for each stream) of this shape, exactly as a run would.
+    """Load a mock server with `requests` (by default one for each stream, and four at least), exactly as a run would.
 
     `follow` is what sends; `cpu_s` and `rss_bytes` are those of this process and its children, the mock server apart.
     """
-    requests = requests or concurrency
+    requests = requests or max(concurrency, _FEWEST_REQUESTS)
     async with mock_server("--ttft-ms", str(TTFT_MS), "--itl-ms", str(ITL_MS)) as address:
         source: TokenSource = _AnyIds()
         target = Target(address, "mock", "/v1/completions", source, {"stream_options": {"include_usage": True}})
@@ -79,6 +81,8 @@ async def measure_bias(
                 seen.append(exchange)
             return exchange.outcome == "ok"
 
+        # The first connection pays for what both sides load late.
+        await send(0, "warm_up", time.perf_counter())
         processes = _client_processes()
         before_s = _cpu_s(processes)
         await closed_loop(send, concurrency, requests)
@@ -115,7 +119,7 @@ def main() -> None:
     """Print the client's bias at some concurrencies as JSON lines: `python -m loadtests.bias 16 64 128`."""
     for concurrency in [int(argument) for argument in sys.argv[1:]] or [64, 128]:
         began_s = time.perf_counter()
-        bias = asyncio.run(measure_bias(concurrency, 2048, 128))
+        bias = uvloop.run(measure_bias(concurrency, 2048, 128))
         print(bias.model_dump_json(), f"{time.perf_counter() - began_s:.1f} s", flush=True)
 
 

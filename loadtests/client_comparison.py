@@ -15,8 +15,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import h11
 import psutil
+import uvloop
 
+from loadtests.address import parse_address
 from loadtests.bias import ITL_MS, TTFT_MS, mock_server
 from loadtests.client import Exchange, stream
 from loadtests.machine import commit, describe_machine
@@ -24,8 +27,9 @@ from loadtests.metrics import distribution
 
 # (streams, requests, prompt tokens, output tokens)
 _SHAPES = ((64, 64, 2048, 128), (128, 256, 2048, 128))
-_CLIENTS = ("h11", "aiohttp", "httpx2", "httpx2-shared", "httpx", "httpx-shared")
-_REPEATS = 2
+_CLIENTS = ("ours", "h11", "aiohttp", "httpx2", "httpx2-shared", "httpx", "httpx-shared")
+_REPEATS = 3
+_READ_BYTES = 1 << 16
 
 Send = Callable[[str, bytes], Awaitable[Exchange]]
 
@@ -39,7 +43,10 @@ def _reader(exchange: Exchange) -> Callable[[bytes], None]:
 
 
 async def _lines_of(name: str, client: Any, url: str, body: bytes) -> AsyncIterator[bytes]:
-    if name == "aiohttp":
+    if name == "h11":
+        async for line in _lines_by_h11(url, body):
+            yield line
+    elif name == "aiohttp":
         async with client.post(url, data=body) as response:
             async for line in response.content:
                 yield line
@@ -49,15 +56,35 @@ async def _lines_of(name: str, client: Any, url: str, body: bytes) -> AsyncItera
                 yield line.encode()
 
 
+async def _lines_by_h11(url: str, body: bytes) -> AsyncIterator[bytes]:
+    """The pure Python parser that httpx uses, on bare asyncio streams."""
+    address = parse_address(url)
+    reader, writer = await asyncio.open_connection(address.host, address.port)
+    http, rest = h11.Connection(h11.CLIENT), b""
+    headers = {"Host": address.authority, "Content-Length": str(len(body)), "Connection": "close"}
+    request = h11.Request(method="POST", target=address.prefix, headers=list(headers.items()))
+    writer.write(http.send(request) + http.send(h11.Data(data=body)) + http.send(h11.EndOfMessage()))
+    while not isinstance(event := http.next_event(), h11.EndOfMessage):
+        if event is h11.NEED_DATA:
+            http.receive_data(await reader.read(_READ_BYTES))
+        elif isinstance(event, h11.Data):
+            *lines, rest = (rest + event.data).split(b"\n")
+            for line in lines:
+                yield line
+    writer.close()
+
+
 def _senders(name: str, streams: int) -> list[Send]:
     """One sender for each stream; `-shared` clients are one for all, the others one for each."""
     library, shared = name.removesuffix("-shared"), name.endswith("-shared") or name == "aiohttp"
-    if name == "h11":
+    if name == "ours":
         return [_own] * streams
     module = importlib.import_module(library)
     headers = {"content-type": "application/json"}
 
     def client() -> Any:
+        if library == "h11":
+            return None
         if library == "aiohttp":
             return module.ClientSession(headers=headers, connector=module.TCPConnector(limit=0))
         return module.AsyncClient(headers=headers, timeout=None, verify=False, limits=module.Limits(max_connections=None))
@@ -76,8 +103,6 @@ def _senders(name: str, streams: int) -> list[Send]:
 
 
 async def _own(url: str, body: bytes) -> Exchange:
-    from loadtests.address import parse_address
-
     return await stream(parse_address(url.removesuffix("/v1/completions")), "/v1/completions", body, 120)
 
 
@@ -108,14 +133,14 @@ async def measure(name: str, shape: tuple[int, int, int, int]) -> dict[str, Any]
 def main() -> None:
     """Measure all, or the one client that a child process is asked for."""
     if len(sys.argv) == 4 and sys.argv[1] == "--one":
-        found = asyncio.run(measure(sys.argv[2], _SHAPES[int(sys.argv[3])]))
+        found = uvloop.run(measure(sys.argv[2], _SHAPES[int(sys.argv[3])]))
         print(json.dumps(found))
         return
     runs = []
     for _ in range(_REPEATS):
         for shape in range(len(_SHAPES)):
             for name in _CLIENTS:
-                if importlib.util.find_spec(name.removesuffix("-shared")) is None:
+                if name != "ours" and importlib.util.find_spec(name.removesuffix("-shared")) is None:
                     continue
                 command = [sys.executable, "-m", "loadtests.client_comparison", "--one", name, str(shape)]
                 runs.append(json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout))

@@ -1,5 +1,6 @@
 """Two runs side by side: is the second worse, by more than noise and more than is allowed? Exit code 7 tells a CI."""
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
@@ -12,6 +13,7 @@ from ard_serve.errors import DataError, QualityGateError, UsageError
 from ard_serve.settings import Settings
 from loadtests.fits import mcnemar_p
 from loadtests.records import CellResult, Record, RequestRecord, RunResult
+from loadtests.units import short_ms
 
 Verdict = Literal["worse", "better", "same", "unclear"]
 _RESAMPLES = 4000
@@ -69,19 +71,28 @@ def run(config: CompareConfig) -> int:
         f"{comparison.other} against {comparison.base}",
         ("cell", "figure", "base", "other", "ratio", "interval", "verdict"),
         [
-            (d.cell, d.figure, f"{d.base:.4g}", f"{d.other:.4g}", f"{d.ratio:.3f}", f"{d.low:.3f}–{d.high:.3f}", d.verdict)
+            (d.cell, d.figure, _shown(d, d.base), _shown(d, d.other), f"{d.ratio:.3f}", f"{d.low:.3f}–{d.high:.3f}", d.verdict)
             for d in comparison.differences
         ],
     )
+    counted = Counter(difference.verdict for difference in comparison.differences)
+    told = [", ".join(f"{count} {verdict}" for verdict, count in counted.most_common())]
+    told += [f"refused: {', '.join(comparison.refused)}"] if comparison.refused else []
+    told += [f"in one run only: {', '.join(comparison.only_in_one)}"] if comparison.only_in_one else []
+    console.err.print("; ".join(told), highlight=False, soft_wrap=True)
     if config.out:
         config.out.write_text(comparison.model_dump_json(indent=1), encoding="utf-8")
     if worse := [d for d in comparison.differences if d.verdict == "worse"]:
         first = max(worse, key=lambda d: d.ratio)
         raise QualityGateError(
             f"{len(worse)} of {len(comparison.differences)} figures are worse, first {first.figure} of {first.cell}: "
-            f"{first.other:.4g} against {first.base:.4g}, allowed {config.allowed:.0%}"
+            f"{_shown(first, first.other)} against {_shown(first, first.base)}, allowed {config.allowed:.0%}"
         )
     return 0
+
+
+def _shown(difference: Difference, value: float) -> str:
+    return short_ms(value) if difference.figure in _LATENCIES else f"{value:.0%}"
 
 
 def compare(config: CompareConfig) -> Comparison:
@@ -89,7 +100,7 @@ def compare(config: CompareConfig) -> Comparison:
 
     Raises:
         DataError: a file is not a result.
-        UsageError: the runs asked different things, or share no cell.
+        UsageError: the runs asked different things, or share no cell that can be believed.
     """
     base, other = _read(config.base), _read(config.other)
     for name in _SAME_SETTINGS:
@@ -103,6 +114,8 @@ def compare(config: CompareConfig) -> Comparison:
     if not shared:
         raise UsageError(f"no cell in common: {', '.join(mine)} against {', '.join(yours)}; run the same grid")
     refused = [name for name in shared if mine[name].refused or yours[name].refused]
+    if len(refused) == len(shared):
+        raise UsageError(f"every cell in common was refused: {', '.join(refused)}; run again without the prefix cache")
     differences = [
         difference
         for name in shared

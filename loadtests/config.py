@@ -63,6 +63,7 @@ class LoadConfig(Settings):
             raise ValueError(f"arrival {self.arrival} needs rates; give --rates, in requests per second")
         if self.arrival == "trace" and self.trace is None:
             raise ValueError("arrival trace needs a file; give --trace")
-        if any(length < 1 for length in (*self.lengths, *self.concurrencies)) or any(rate <= 0 for rate in self.rates):
-            raise ValueError("lengths, concurrencies and rates must be positive")
+        for value in (*self.lengths, *self.concurrencies, *self.rates):
+            if value <= 0:
+                raise ValueError(f"{value}: lengths, concurrencies and rates must be positive")
         return self

@@ -9,19 +9,24 @@ from dataclasses import dataclass, field
 from prometheus_client.parser import text_string_to_metric_families
 
 from loadtests.address import Address
-from loadtests.client import fetch
+from loadtests.connection import fetch
 
-# Our name of each figure -> what engines call it. vLLM's are checked against a running one; the other two are from their
-# documentation (SGLang production metrics, llama.cpp server README).
+# Our name of each figure -> what engines call it. vLLM's are checked against a running one; SGLang's are those of its
+# metrics_collector.py (0.5, started with --enable-metrics), llama.cpp's of its server's README (with --metrics; it dropped
+# the use of its cache in 2025 and has counted reused tokens since August 2026).
 _NAMES = {
-    "preemptions": ("vllm:num_preemptions_total",),
-    "cached_tokens": ("vllm:prefix_cache_hits_total",),
+    "preemptions": ("vllm:num_preemptions_total", "sglang:num_retracted_requests_total"),
+    "cached_tokens": ("vllm:prefix_cache_hits_total", "sglang:cached_tokens_total", "llamacpp:prompt_tokens_cached_total"),
     "prompt_tokens": ("vllm:prompt_tokens_total", "sglang:prompt_tokens_total", "llamacpp:prompt_tokens_total"),
     "output_tokens": ("vllm:generation_tokens_total", "sglang:generation_tokens_total", "llamacpp:tokens_predicted_total"),
     "kv_use": ("vllm:kv_cache_usage_perc", "vllm:gpu_cache_usage_perc", "sglang:token_usage", "llamacpp:kv_cache_usage_ratio"),
+    "kv_tokens": ("sglang:max_total_num_tokens",),
+    "block_tokens": ("sglang:page_size",),
     "running": ("vllm:num_requests_running", "sglang:num_running_reqs", "llamacpp:requests_processing"),
     "waiting": ("vllm:num_requests_waiting", "sglang:num_queue_reqs", "llamacpp:requests_deferred"),
 }
+# One gauge for each data-parallel rank: the fullest one preempts first, and all have blocks of one size.
+_LARGEST = ("kv_use", "block_tokens")
 _CACHE_CONFIG = "vllm:cache_config_info"
 _FIGURE = {name: figure for figure, names in _NAMES.items() for name in names}
 _WANTED = (*_FIGURE, _CACHE_CONFIG)
@@ -35,10 +40,13 @@ class Snapshot:
     labels: dict[str, str] = field(default_factory=dict)
 
     def rise(self, before: "Snapshot", figure: str) -> int | None:
-        """By how much a counter rose since `before`, or None if the engine does not report it."""
-        if figure not in self.values or figure not in before.values:
+        """By how much a counter rose since `before`, or None if the engine does not report it.
+
+        SGLang prints a counter from its first event on: what a page lacked before counts from nothing.
+        """
+        if figure not in self.values or not before.values:
             return None
-        return int(self.values[figure] - before.values[figure])
+        return int(self.values[figure] - before.values.get(figure, 0))
 
 
 def parse(text: str) -> Snapshot:
@@ -50,8 +58,7 @@ def parse(text: str) -> Snapshot:
             figure = _FIGURE.get(sample.name)
             if sample.name == _CACHE_CONFIG:
                 snapshot.labels = dict(sample.labels)
-            elif figure == "kv_use":
-                # One gauge for each data-parallel rank: the fullest one preempts first.
+            elif figure in _LARGEST:
                 snapshot.values[figure] = max(snapshot.values.get(figure, 0), sample.value)
             elif figure:
                 snapshot.values[figure] = snapshot.values.get(figure, 0) + sample.value

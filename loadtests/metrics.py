@@ -58,8 +58,8 @@ def meets_limits(record: RequestRecord, config: LoadConfig) -> bool:
 def full_load_window(records: Sequence[RequestRecord], closed: bool) -> tuple[float, float]:
     """When the load was at its target: (start, end) in seconds of the run.
 
-    Closed loop: from the first measured request's writing to the last one's last token. Open loop: first to last planned
-    arrival, so that the drain behind it does not flatter the throughput.
+    Closed loop: from the first measured request's writing to the last one's last token. Open loop: from the first planned
+    arrival to one mean interval after the last, so that ten arrivals are ten intervals and the drain is left out.
     """
     measured = [record for record in records if record.role == "measured"]
     if not measured:
@@ -67,7 +67,8 @@ def full_load_window(records: Sequence[RequestRecord], closed: bool) -> tuple[fl
     if closed:
         return min(record.sent_s for record in measured), max(record.end_s for record in measured)
     planned = [record.planned_s for record in measured]
-    return min(planned), max(planned)
+    interval_s = (max(planned) - min(planned)) / max(1, len(planned) - 1)
+    return min(planned), max(planned) + interval_s
 
 
 def tokens_within(records: Sequence[RequestRecord], start_s: float, end_s: float) -> tuple[float, float]:

@@ -30,13 +30,14 @@ Fault = Literal["none", "stall", "drop", "error_event", "429", "500", "die", "sh
 _NEEDLE = re.compile(r"number for ([\w-]+) is: (\d+)")
 _ASKED = re.compile(r".*number for ([\w-]+)\?", re.DOTALL)
 _WORD = re.compile(r"\s*\w+|\s*[^\w\s]")
+_QUESTION_TOKENS = 64
 
 
 class MockConfig(Settings):
     """How the mock server behaves."""
 
     port: int = Field(0, ge=0, le=65535, description="port on 127.0.0.1; 0 takes a free one")
-    ttft_ms: float = Field(200, ge=0, description="time from a whole request to its first token")
+    ttft_ms: float = Field(200, ge=0, description="time from a request's arrival to its first token")
     ttft_ms_per_token: float = Field(0, ge=0, description="added to the TTFT for each prompt token")
     itl_ms: float = Field(20, ge=0, description="gap between tokens")
     tokens_per_event: int = Field(1, ge=1, description="tokens that one streamed event carries")
@@ -75,9 +76,10 @@ class _Engine:
     def decode(self, tokens: list[int]) -> str:
         return "".join(self.words[token] if token < len(self.words) else " ?" for token in tokens)
 
-    def answer(self, text: str) -> str:
-        asked = _ASKED.match(text)
-        return dict(_NEEDLE.findall(text)).get(asked.group(1), "none") if asked else "none"
+    def answer(self, tokens: list[int]) -> str:
+        """Reads a whole prompt only where it ends in a question: with hundreds of streams its own work would be seen."""
+        asked = _ASKED.match(self.decode(tokens[-_QUESTION_TOKENS:]))
+        return dict(_NEEDLE.findall(self.decode(tokens))).get(asked.group(1), "none") if asked else "none"
 
     def outgrows(self, prompt_tokens: int, output_tokens: int, blocks: int) -> bool:
         """Whether requests of this shape are admitted by their prompts and then outgrow the cache."""
@@ -111,13 +113,13 @@ class MockServer:
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return
-        path, engine = scope["path"], self._engine
+        arrived_s, path, engine = time.perf_counter(), scope["path"], self._engine
         body = await _read_body(receive)
         if path == "/v1/models":
             model = {"id": "mock", "object": "model", "max_model_len": self.config.max_model_len}
             await _reply(send, 200, {"object": "list", "data": [model]})
         elif path in ("/v1/completions", "/v1/chat/completions"):
-            await self._complete(json.loads(body), path.endswith("chat/completions"), receive, send)
+            await self._complete(json.loads(body), path.endswith("chat/completions"), arrived_s, receive, send)
         elif path == "/tokenize" and self.config.engine_metrics:
             tokens = engine.encode(json.loads(body)["prompt"])
             await _reply(send, 200, {"tokens": tokens, "count": len(tokens)})
@@ -126,8 +128,8 @@ class MockServer:
         else:
             await _reply(send, 404, {"error": {"message": f"no route {path}", "code": 404}})
 
-    async def _complete(self, request: dict[str, Any], chat: bool, receive: Receive, send: Send) -> None:
-        arrived_s, number, config = time.perf_counter(), next(self._numbers), self.config
+    async def _complete(self, request: dict[str, Any], chat: bool, arrived_s: float, receive: Receive, send: Send) -> None:
+        number, config = next(self._numbers), self.config
         strikes = number >= config.fault_after and (number - config.fault_after) % config.fault_every == 0
         fault = config.fault if strikes else "none"
         if fault == "die":
@@ -161,7 +163,7 @@ class MockServer:
         engine.hits += len(tokens) if config.prefix_cache else 0
         engine.held_blocks[number] = math.ceil((len(tokens) + count) / 16)
         engine.preemptions += engine.outgrows(len(tokens), count, config.kv_blocks - 1)
-        answer = " " + engine.answer(engine.decode(tokens))
+        answer = " " + engine.answer(tokens)
         due_s = arrived_s + (config.ttft_ms + config.ttft_ms_per_token * len(tokens)) / 1000
         await _sleep_until(due_s)
         wrong = fault == "wrong_under_load" and len(engine.held_blocks) > 1

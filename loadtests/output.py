@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from loadtests.records import CellResult, Distribution, RunResult
-from loadtests.units import short_ms
+from loadtests.units import short_ms, short_number
 
 _DISTRIBUTIONS = ("ttft_ms", "itl_ms", "tpot_ms", "e2e_ms", "scheduled_ms", "late_ms")
 _PERCENTILES = ("n", "mean", "p50", "p90", "p99", "max")
@@ -66,7 +66,7 @@ def summary_row(cell: CellResult) -> list[str]:
     return [
         *head,
         *("–" if values is None else short_ms(getattr(values, percentile)) for values, percentile in latencies),
-        *("–" if value is None else f"{value:.3g}" for value in (cell.output_tokens_per_s, cell.goodput_per_s)),
+        *("–" if value is None else short_number(value) for value in (cell.output_tokens_per_s, cell.goodput_per_s)),
         f"{cell.accuracy.right}/{cell.accuracy.n}" if cell.accuracy else "–",
         *("–" if share is None else f"{share:.0%}" for share in (memory.predicted_kv, memory.observed_kv)),
         "–" if memory.preemptions is None else str(memory.preemptions),

@@ -53,6 +53,23 @@ def ttft_by_length(result: RunResult) -> str:
     return _svg(draw, "Time to first token against prompt length")
 
 
+def ttft_of_trace(result: RunResult) -> str:
+    """TTFT of each request of a replayed trace against its prompt's length."""
+    traced = {cell.cell for cell in result.cells if not cell.length and not cell.refused}
+    each = [r for r in result.requests if r.cell in traced and r.role == "measured" and r.ttft_ms]
+    if not each:
+        return ""
+
+    def draw(axes: Axes) -> None:
+        axes.plot(*_pairs((r.prompt_tokens, r.ttft_ms or 0) for r in each), _MARKERS[0], color=_SERIES[0], alpha=0.6)
+        shortest, longest = (edge(record.prompt_tokens for record in each) for edge in (min, max))
+        ticks = [1 << power for power in range(shortest.bit_length() - 1, longest.bit_length() + 1)]
+        _log_axes(axes, ticks, short_ms)
+        axes.set(xlabel="prompt tokens", ylabel="time to first token")
+
+    return _svg(draw, "Time to first token against prompt length, as traced")
+
+
 def _mark_turn(axes: Axes, turn: float | None, curve: Sequence[Sequence[float]]) -> None:
     """A dotted line where attention's share overtakes the rest, if that is within the picture."""
     if turn and curve[0][0] < turn < curve[-1][0]:
@@ -70,14 +87,14 @@ def curves_by_concurrency(result: RunResult, figure: str, label: str, unit: Call
     def draw(axes: Axes) -> None:
         for index, length in enumerate(sorted({cell.length for cell in cells})[-len(_SERIES) :]):
             row = [(cell.concurrency or 1, value) for cell in cells if cell.length == length and (value := _get(cell, figure))]
-            axes.plot(*_pairs(row), color=_SERIES[index], marker=_MARKERS[index], label=short_count(length))
+            axes.plot(*_pairs(row), color=_SERIES[index], marker=_MARKERS[index], label=f"{short_count(length)} tokens")
         _log_axes(axes, _loads(cells), unit, log)
         axes.set(xlabel="concurrency", ylabel=label)
         if not log:
             axes.set_ylim(bottom=0)
-        axes.legend(title="prompt tokens", ncols=2)
+        _legend_above(axes)
 
-    return _svg(draw, f"{label} against concurrency")
+    return _svg(draw, f"{label} against concurrency", legend_above=True)
 
 
 def kv_predicted_and_observed(result: RunResult) -> str:
@@ -138,20 +155,20 @@ def latency_over_time(result: RunResult) -> str:
     sent: dict[int, list[RequestRecord]] = {}
     for record in result.requests:
         if record.role == "measured" and record.ttft_ms:
-            sent.setdefault(lengths[record.cell] or record.prompt_tokens, []).append(record)
-    # A replayed trace has as many lengths as requests: no legend tells them apart.
-    groups = sorted(sent.items()) if len(sent) <= len(_SERIES) else []
+            sent.setdefault(lengths[record.cell], []).append(record)
+    groups = sorted(sent.items())[-len(_SERIES) :]
     if not groups:
         return ""
 
     def draw(axes: Axes) -> None:
         for index, (length, records) in enumerate(groups):
+            label = f"{short_count(length)} tokens" if length else "traced"
             axes.plot(*_pairs((r.sent_s, r.ttft_ms or 0) for r in records), linestyle="", marker=_MARKERS[index],
-                      color=_SERIES[index], label=f"{short_count(length)} tokens", markersize=4.5, alpha=0.85)  # fmt: skip
+                      color=_SERIES[index], label=label, markersize=4.5, alpha=0.85)  # fmt: skip
         axes.set_yscale("log")
         _format(axes.yaxis, short_ms)
         axes.set(xlabel="seconds into the run", ylabel="time to first token")
-        axes.legend(ncols=4, loc="lower left", bbox_to_anchor=(-0.02, 1.0))
+        _legend_above(axes)
 
     return _svg(draw, "Time to first token over the run", legend_above=True)
 
@@ -191,6 +208,10 @@ def _format(axis: Any, unit: Callable[[float], str]) -> None:
     if axis.get_scale() == "log":
         axis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5), numticks=12))
         axis.set_minor_formatter(NullFormatter())
+
+
+def _legend_above(axes: Axes) -> None:
+    axes.legend(ncols=4, loc="lower left", bbox_to_anchor=(-0.02, 1.0))
 
 
 def _svg(draw: Callable[[Axes], None], title: str, legend_above: bool = False) -> str:

@@ -1,17 +1,14 @@
 """`report.html`: what the run says, from the headline down to every figure, the settings and the machine."""
 
 import json
-import math
-from collections.abc import Callable, Sequence
 
 from loadtests import plots
+from loadtests.grids import grid, percentile, shown_length
 from loadtests.metrics import accuracy
 from loadtests.output import SUMMARY_HEADER, summary_row
 from loadtests.page import Shade, card, facts, heat, page, rows, text, tile
 from loadtests.records import CellResult, Distribution, RunResult
-from loadtests.units import short_bytes, short_count, short_ms
-
-Pick = Callable[[CellResult], float | None]
+from loadtests.units import short_bytes, short_count, short_ms, short_number
 
 
 def render(result: RunResult) -> str:
@@ -43,17 +40,22 @@ def _tiles(result: RunResult) -> str:
     fastest = max(cells, key=lambda cell: cell.output_tokens_per_s or 0)
     assert calm.ttft_ms is not None
     assert shortest.ttft_ms is not None
-    tiles = [
-        tile(short_ms(calm.ttft_ms.p50), f"to the first token of a {short_count(calm.length)} prompt, median, {_load(calm)}")
-    ]
+    asked = f"{shown_length(calm.length)} prompts"
+    tiles = [tile(short_ms(calm.ttft_ms.p50), f"to the first token, median, {asked}, {_load(calm)}")]
     if calm is not shortest:
         ratio, times = calm.ttft_ms.p50 / shortest.ttft_ms.p50, calm.length / shortest.length
         tiles.append(tile(f"× {ratio:.3g}", f"what × {times:.3g} the length costs, against {short_count(shortest.length)}"))
     if calm.itl_ms:
-        tiles.append(tile(short_ms(calm.itl_ms.p50), f"between tokens at {short_count(calm.length)}, median, {_load(calm)}"))
+        tiles.append(tile(short_ms(calm.itl_ms.p50), f"between tokens, median, {asked}, {_load(calm)}"))
+    busiest = max(cells, key=lambda cell: cell.rate or 0)
+    if busiest.concurrency is None and busiest.scheduled_ms:
+        waited = (
+            f"from planned arrival to last token, 99th percentile, {shown_length(busiest.length)} prompts, {_load(busiest)}"
+        )
+        tiles.append(tile(short_ms(busiest.scheduled_ms.p99), waited))
     if fastest.output_tokens_per_s:
-        made = f"output tokens/s at most, {short_count(fastest.length)} prompts, {_load(fastest)}"
-        tiles.append(tile(f"{fastest.output_tokens_per_s:.3g}", made))
+        made = f"output tokens/s at most, {shown_length(fastest.length)} prompts, {_load(fastest)}"
+        tiles.append(tile(short_number(fastest.output_tokens_per_s), made))
     if right := accuracy(record for record in result.requests if record.role == "measured"):
         tiles.append(tile(f"{right.right} of {right.n}", f"hidden numbers found ({right.low:.0%} to {right.high:.0%} at 95%)"))
     if lengths := result.kv.get("lengths"):
@@ -74,56 +76,24 @@ def _alarms(result: RunResult) -> str:
 
 def _maps(result: RunResult) -> str:
     cells = result.cells
-    maps = [
-        _grid("Time to first token, median", cells, _percentile("ttft_ms", "p50"), short_ms, "cost"),
-        _grid("Time to first token, 99th percentile", cells, _percentile("ttft_ms", "p99"), short_ms, "cost"),
-        _grid("Time between tokens, median", cells, _percentile("itl_ms", "p50"), short_ms, "cost"),
-        _grid("Longest silence in a stream", cells, _percentile("itl_ms", "max"), short_ms, "cost"),
-        _grid("Output tokens per second", cells, lambda c: c.output_tokens_per_s, lambda v: f"{v:.3g}", "gain"),
-        _grid("Good requests per second", cells, lambda c: c.goodput_per_s, lambda v: f"{v:.3g}", "gain"),
+    maps = []
+    if any(cell.concurrency is None for cell in cells):
+        maps = [
+            grid("Planned arrival to last token, median", cells, percentile("scheduled_ms", "p50"), short_ms, "cost"),
+            grid("Planned arrival to last token, 99th percentile", cells, percentile("scheduled_ms", "p99"), short_ms, "cost"),
+        ]
+    maps += [
+        grid("Time to first token, median", cells, percentile("ttft_ms", "p50"), short_ms, "cost"),
+        grid("Time to first token, 99th percentile", cells, percentile("ttft_ms", "p99"), short_ms, "cost"),
+        grid("Time between tokens, median", cells, percentile("itl_ms", "p50"), short_ms, "cost"),
+        grid("Longest silence in a stream", cells, percentile("itl_ms", "max"), short_ms, "cost"),
+        grid("Output tokens per second", cells, lambda c: c.output_tokens_per_s, short_number, "gain"),
+        grid("Good requests per second", cells, lambda c: c.goodput_per_s, short_number, "gain"),
     ]
     intro = (
         "Rows are prompt lengths in tokens, columns the requests in flight or per second. The stronger the colour, the more."
     )
     return f'<h2>What length and load cost</h2><p>{intro}</p><div class="cards">{"".join(maps)}</div>'
-
-
-def _percentile(latency: str, name: str) -> Pick:
-    def pick(cell: CellResult) -> float | None:
-        values: Distribution | None = getattr(cell, latency)
-        return None if values is None else float(getattr(values, name))
-
-    return pick
-
-
-def _grid(
-    title: str, cells: Sequence[CellResult], pick: Pick, unit: Callable[[float], str], colour: str, share: bool = False
-) -> str:
-    """`share`: the figures are parts of a whole, coloured from nothing to all; others by their logarithm, least to most."""
-    loads = sorted({(cell.concurrency or 0, cell.rate or 0) for cell in cells})
-    values = [value for cell in cells if not cell.refused and (value := pick(cell)) is not None]
-    scale = (lambda value: value) if share else _logarithmic(values)
-    body: list[tuple[str, list[Shade]]] = []
-    for length in sorted({cell.length for cell in cells}):
-        at = {(cell.concurrency or 0, cell.rate or 0): cell for cell in cells if cell.length == length}
-        body.append((short_count(length) if length else "trace", [_shade(at.get(load), pick, unit, scale) for load in loads]))
-    columns = [f"{rate:g}/s" if rate else f"{concurrency}" for concurrency, rate in loads]
-    return card(title, heat("length \\ load", columns, body, colour) if values else "")
-
-
-def _logarithmic(values: Sequence[float]) -> Callable[[float], float]:
-    low, high = max(min(values, default=1), 1e-6), max(*values, 1e-6, 1e-6)
-    spread = math.log(high / low) if high > low else 1
-    return lambda value: math.log(max(value, low) / low) / spread
-
-
-def _shade(cell: CellResult | None, pick: Pick, unit: Callable[[float], str], scale: Callable[[float], float]) -> Shade:
-    if cell is None:
-        return "", None
-    if cell.refused:
-        return "refused", None
-    value = pick(cell)
-    return ("–", None) if value is None else (unit(value), scale(value))
 
 
 def _curves(result: RunResult) -> str:
@@ -137,6 +107,7 @@ def _curves(result: RunResult) -> str:
         )
     pictures = [
         card("Time to first token against length", plots.ttft_by_length(result), law),
+        card("Time to first token of each traced request", plots.ttft_of_trace(result)),
         card("Output tokens per second against concurrency",
              plots.curves_by_concurrency(result, "output_tokens_per_s", "output tokens/s", lambda v: f"{v:g}", False)),
         card("Time between tokens, 99th percentile",
@@ -152,7 +123,7 @@ def _answers(result: RunResult) -> str:
     cells = [cell for cell in result.cells if cell.accuracy]
     if not cells:
         return ""
-    loads = _grid("Right answers by length and load", cells, lambda c: c.accuracy.rate if c.accuracy else None,
+    loads = grid("Right answers by length and load", cells, lambda c: c.accuracy.rate if c.accuracy else None,
                   lambda v: f"{v:.0%}", "gain", share=True)  # fmt: skip
     intro = (
         "Each timed request hides a six-digit number in its text and asks for it at the end; the first number of the answer "
@@ -201,7 +172,16 @@ def _memory(result: RunResult) -> str:
         "Below the line all requests hold their whole context at once. Above it some wait until others end, or, where their "
         "outputs outgrow the cache, are preempted: the engine throws a context away and computes it again."
     )
+    needed, used = (
+        grid(title, result.cells, pick, lambda value: f"{value:.0%}", "cost", share=True)
+        for title, pick in (
+            ("KV cache needed by length and load, predicted", lambda cell: cell.memory.predicted_kv),
+            ("KV cache used by length and load, observed", lambda cell: cell.memory.observed_kv),
+        )
+    )
     parts = [
+        needed,
+        used,
         card("What fits", plots.memory_ceiling(result), ceiling),
         card("Predicted and observed use", plots.kv_predicted_and_observed(result)),
         card("Requests that fit, by length", rows(header, body) if body else ""),

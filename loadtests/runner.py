@@ -9,10 +9,11 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO
+
+import uvloop
 
 from ard_serve import console
 from ard_serve.errors import EXIT_INTERRUPTED, EXIT_TERMINATED, EngineDiedError, ResourceError
@@ -32,7 +33,7 @@ from loadtests.senders import sender_pool
 from loadtests.session import Session
 from loadtests.summary import summarise
 from loadtests.target import discover
-from loadtests.units import short_ms
+from loadtests.units import short_ms, short_number
 
 log = logging.getLogger(__name__)
 
@@ -49,45 +50,41 @@ def run(config: LoadConfig) -> int:
         EngineDiedError: the server died meanwhile; what was measured until then is written.
     """
     address = parse_address(config.url, config.allow_host, config.api_key_env)
-    with _result_folder(config.out) as journal:
-        test = _LoadTest(config, address, journal)
-        try:
-            asyncio.run(test.measure())
-            return 0
-        except KeyboardInterrupt:
-            test.result.status = "interrupted"
-            return EXIT_INTERRUPTED
-        except asyncio.CancelledError:
-            test.result.status = "terminated"
-            return EXIT_TERMINATED
-        except EngineDiedError as error:
-            test.result.status, test.result.detail = "server_died", str(error)
-            raise EngineDiedError(f"{error}; {test.measured()} measured requests are in {config.out}") from None
-        finally:
-            if test.session is not None:
-                test.update()
-                write_result(test.result, config.out)
-                write_tables(test.result, config.out, config.report)
-                _show(test.result, config.out)
+    test = _LoadTest(config, address)
+    try:
+        uvloop.run(test.measure())
+        return 0
+    except KeyboardInterrupt:
+        test.result.status = "interrupted"
+        return EXIT_INTERRUPTED
+    except asyncio.CancelledError:
+        test.result.status = "terminated"
+        return EXIT_TERMINATED
+    except EngineDiedError as error:
+        test.result.status, test.result.detail = "server_died", str(error)
+        raise EngineDiedError(f"{error}; {test.measured()} measured requests are in {config.out}") from None
+    finally:
+        if test.session is not None and test.session.runs:
+            test.update()
+            write_result(test.result, config.out)
+            write_tables(test.result, config.out, config.report)
+            _show(test.result, config.out)
 
 
-@contextlib.contextmanager
-def _result_folder(folder: Path) -> Iterator[IO[str]]:
-    """The run's folder and its open journal."""
+def _open_journal(folder: Path) -> IO[str]:
+    """The raw record in the run's folder. Opened once the server has answered: a mistyped address wipes no older run."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        journal = (folder / "requests.jsonl").open("w", encoding="utf-8")
+        return (folder / "requests.jsonl").open("w", encoding="utf-8")
     except OSError as error:
         raise ResourceError(f"{folder}: cannot be written ({error.strerror}); choose another folder with --out") from None
-    with journal:
-        yield journal
 
 
 class _LoadTest:
     """The state that survives an interruption."""
 
-    def __init__(self, config: LoadConfig, address: Address, journal: IO[str]) -> None:
-        self._config, self._address, self._journal = config, address, journal
+    def __init__(self, config: LoadConfig, address: Address) -> None:
+        self._config, self._address = config, address
         self._cells: list[Cell] = []
         self._bar: console.Bar | None = None
         self._began_s = time.perf_counter()
@@ -119,7 +116,8 @@ class _LoadTest:
             follow: Stream = stream
             if config.processes > 1:
                 follow = (await stack.enter_async_context(sender_pool(config.processes))).stream
-            session = self.session = Session(config, target, prompts, engine, follow, self._journal, self._advance)
+            journal = stack.enter_context(_open_journal(config.out))
+            session = self.session = Session(config, target, prompts, engine, follow, journal, self._advance)
             if config.check_client:
                 await self._check_client(follow)
             self._bar = stack.enter_context(console.progress("load test", sum(_work(cell, config) for _, cell in order)))
@@ -192,7 +190,7 @@ def _say(cell: CellResult) -> None:
         return
     told = [f"{cell.cell}: first token {short_ms(cell.ttft_ms.p50)} (p99 {short_ms(cell.ttft_ms.p99)})"]
     told += [f"gap {short_ms(cell.itl_ms.p50)}"] if cell.itl_ms else []
-    told += [f"{cell.output_tokens_per_s:.3g} tokens/s"] if cell.output_tokens_per_s else []
+    told += [f"{short_number(cell.output_tokens_per_s)} tokens/s"] if cell.output_tokens_per_s else []
     told += [f"{cell.accuracy.right}/{cell.accuracy.n} right"] if cell.accuracy else []
     told += [f"KV {cell.memory.observed_kv:.0%}"] if cell.memory.observed_kv is not None else []
     told += [f"{cell.memory.preemptions} preempted"] if cell.memory.preemptions else []

@@ -14,6 +14,8 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
+import uvloop
+
 from loadtests.address import Address
 from loadtests.client import Exchange, stream
 
@@ -128,4 +130,4 @@ def _answer(number: int, exchange: Exchange, following: dict[int, asyncio.Task[E
 
 
 if __name__ == "__main__":
-    asyncio.run(_serve())
+    uvloop.run(_serve())

@@ -22,7 +22,8 @@ from loadtests.traces import Arrival
 
 _SAMPLE_EVERY_S = 0.25
 _ANSWER_CHARS = 120
-_TASKS = 1_000_000
+# Tasks set aside for each repeat; divisible by every small number of depths, so that the strata go on where they stopped.
+_TASKS = 720_720
 _GONE_AFTER_TRIES, _TRY_EVERY_S = 5, 0.4
 
 Shape = tuple[int, int]  # prompt tokens, output tokens
@@ -66,15 +67,18 @@ class Session:
 
     async def run_cell(self, repeat: int, cell: Cell) -> None:
         """Run one cell once and add what it measured to `runs`."""
-        run = self.runs.setdefault(cell.name, CellRun(cell))
+        run = self.runs.get(cell.name) or CellRun(cell)
         planned = [] if cell.concurrency else self._fitting(run, arrivals(cell, self.config, repeat))
         shapes, ramp = [(arrival.prompt_tokens, arrival.output_tokens) for arrival in planned], 0
         if cell.concurrency:
             ramp, measured = roles(cell.concurrency, cell.requests(self.config))
             shapes = [(cell.length, cell.output_tokens)] * (ramp + measured + cell.concurrency)
         # The ramp's tasks come last, so that the measured ones are the same tasks at every concurrency.
-        tasks = [_TASKS * repeat + (number - ramp) % _TASKS for number in range(len(shapes))]
+        first = repeat * (_TASKS + self.config.requests_per_cell)
+        tasks = [first + (number - ramp) % _TASKS for number in range(len(shapes))]
         bodies = await self._prepare(shapes, tasks, f"{cell.name}/{repeat}")
+        # Kept from here on: a trace that cannot be read, or a length too short for its needles, leaves no empty cell.
+        self.runs[cell.name] = run
         await self._engine.idle()
         readings = Readings(load_average=os.getloadavg()[0])
         before = await self._engine.read()

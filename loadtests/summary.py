@@ -14,6 +14,8 @@ from loadtests.target import Target
 
 Number = TypeVar("Number", int, float)
 _LATE_MS = 100
+# Engines that cache single tokens (SGLang, llama.cpp) reuse the BOS, and a word or two where random heads begin alike.
+_CACHED_SHARE = 0.01
 
 
 @dataclass
@@ -86,9 +88,10 @@ def _add_rates(result: CellResult, run: CellRun, config: LoadConfig) -> None:
         start_s, end_s = full_load_window(records, run.cell.concurrency is not None)
         more_prompt, more_output = tokens_within(records, start_s, end_s)
         prompt, output, window_s = prompt + more_prompt, output + more_output, window_s + end_s - start_s
-    if window_s <= 0:
-        return
     measured = [record for record in run.records if record.role == "measured"]
+    # Of a cell that was interrupted before any request ended, the window is an accident.
+    if window_s <= 0 or all(record.outcome == "cancelled" for record in measured):
+        return
     # Requests that end in the window, whoever started them, are what the server completes at this load.
     result.window_s = round(window_s, 4)
     result.prompt_tokens_per_s = round(prompt / window_s, 2)
@@ -124,7 +127,7 @@ def _refusal(run: CellRun) -> str:
     told = sum(record.cached_tokens or 0 for record in run.records)
     cached = max(run.readings.cached_tokens or 0, told)
     sent = sum(record.prompt_tokens for record in run.records)
-    return f"the prefix cache answered {cached} of {sent} prompt tokens" if cached else ""
+    return f"the prefix cache answered {cached} of {sent} prompt tokens" if cached > _CACHED_SHARE * sent else ""
 
 
 def _flags(run: CellRun, measured: Sequence[RequestRecord], target: Target) -> list[str]:

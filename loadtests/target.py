@@ -7,7 +7,7 @@ from typing import Any
 
 import httpx
 
-from ard_serve.errors import UsageError
+from ard_serve.errors import ModelError, UsageError
 from loadtests.address import Address
 from loadtests.client import Exchange, stream
 from loadtests.config import LoadConfig
@@ -98,7 +98,10 @@ async def discover(config: LoadConfig, address: Address, engine: Snapshot) -> Ta
 
     Raises:
         UsageError: no way of asking for a completion is accepted; says the last refusal.
+        ModelError: the model folder that was named is none.
     """
+    if config.model_dir is not None and not (config.model_dir / "config.json").is_file():
+        raise ModelError(f"{config.model_dir}: holds no config.json; name the folder of the served model with --model-dir")
     listing = list_models(address, config)
     root = Path(str(listing.get("root") or ""))
     folder = config.model_dir or (root if (root / "config.json").is_file() else None)
@@ -108,10 +111,11 @@ async def discover(config: LoadConfig, address: Address, engine: Snapshot) -> Ta
         await _calibrate(target, target.source)
     target.listing, target.model_dir = listing, folder
     target.served_limit = config.served_limit or listing.get("max_model_len")
-    target.block_tokens = int(engine.labels.get("block_size", 16))
+    target.block_tokens = int(engine.labels.get("block_size") or engine.values.get("block_tokens") or 16)
     # Block 0 is vLLM's null block and never holds a request's tokens.
-    blocks = int(engine.labels.get("num_gpu_blocks") or 0) - 1
-    target.kv_tokens = config.kv_tokens or (blocks * target.block_tokens if blocks > 0 else None)
+    blocks = max(0, int(engine.labels.get("num_gpu_blocks") or 0) - 1)
+    reported = blocks * target.block_tokens or int(engine.values.get("kv_tokens", 0))
+    target.kv_tokens = config.kv_tokens or reported or None
     return target
 
 

@@ -10,18 +10,23 @@ def short_count(value: float) -> str:
     return f"{value / 1024:.1f}K"
 
 
+def short_number(value: float) -> str:
+    """Three digits below a thousand, whole numbers from there on."""
+    return f"{value:.3g}" if value < 999.5 else f"{value:,.0f}"
+
+
 def short_ms(value: float) -> str:
     """Milliseconds below one second, seconds above, three digits."""
-    return f"{value:.3g} ms" if value < 999.5 else f"{value / 1000:.3g} s"
+    return f"{value:.3g} ms" if value < 999.5 else f"{short_number(value / 1000)} s"
 
 
 def short_bytes(value: float) -> str:
     """Binary units, three digits."""
     for unit in ("B", "KiB", "MiB", "GiB"):
-        if value < 1024:
+        if value < 999.5:
             return f"{value:.3g} {unit}"
         value /= 1024
-    return f"{value:.3g} TiB"
+    return f"{short_number(value)} TiB"
 
 
 def parse_bytes(text: str) -> int:
@@ -30,6 +35,7 @@ def parse_bytes(text: str) -> int:
              "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40}  # fmt: skip
     number = text.strip().rstrip("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ ")
     unit = text.strip()[len(number) :].strip().lower()
-    if unit not in units:
-        raise ValueError(f"not a size in bytes: '{text}'; write it as 80GiB")
-    return int(float(number) * units[unit])
+    try:
+        return int(float(number) * units[unit])
+    except (KeyError, ValueError):
+        raise ValueError(f"not a size in bytes: '{text}'; write it as 80GiB") from None

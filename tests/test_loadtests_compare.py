@@ -33,19 +33,20 @@ def config(base: Path, other: Path, **fields: object) -> CompareConfig:
     return CompareConfig.model_validate({"base": base, "other": other} | fields)
 
 
-def test_two_runs_of_one_server_are_the_same(tmp_path: Path) -> None:
+def test_two_runs_of_one_server_are_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base, other = write_run(tmp_path / "a", 1000, 1), write_run(tmp_path / "b", 1000, 2)
     comparison = compare(config(base, other))
     assert {d.figure: d.verdict for d in comparison.differences} == {
         "TTFT": "same", "TPOT": "same", "E2E": "same", "right answers": "same"
     }  # fmt: skip
     assert run(config(base, other, out=tmp_path / "compared.json")) == 0
+    assert "4 same" in capsys.readouterr().err
     assert "TTFT" in (tmp_path / "compared.json").read_text(encoding="utf-8")
 
 
 def test_a_slower_server_ends_with_seven_and_the_figure(tmp_path: Path) -> None:
     base, other = write_run(tmp_path / "a", 1000, 1), write_run(tmp_path / "b", 1300, 2)
-    with pytest.raises(QualityGateError, match=r"first TTFT of 1024x1: 1\d{3} against \d+, allowed 10%") as raised:
+    with pytest.raises(QualityGateError, match=r"first TTFT of 1024x1: 1\.\d+ s against [\d.]+ m?s, allowed 10%") as raised:
         run(config(base, other))
     assert raised.value.exit_code == 7
     assert run(config(other, base)) == 0
@@ -81,6 +82,15 @@ def test_runs_that_ask_different_things_do_not_compare(tmp_path: Path) -> None:
         compare(config(base, other))
     with pytest.raises(UsageError, match="no cell in common"):
         compare(config(base, write_run(tmp_path / "c", 1000, 2, cells=[])))
+
+
+def test_runs_that_a_cache_answered_are_no_pass(tmp_path: Path) -> None:
+    base, other = write_run(tmp_path / "a", 1000, 1), write_run(tmp_path / "b", 1000, 2)
+    result = RunResult.model_validate_json((other / "result.json").read_bytes())
+    result.cells[0].refused = "the prefix cache answered"
+    (other / "result.json").write_text(result.model_dump_json(), encoding="utf-8")
+    with pytest.raises(UsageError, match="every cell in common was refused: 1024x1"):
+        run(config(base, other))
 
 
 def test_what_is_no_result_is_named(tmp_path: Path) -> None:

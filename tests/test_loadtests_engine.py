@@ -22,8 +22,22 @@ vllm:num_preemptions_total{engine="1",model_name="m"} 3.0
 vllm:num_preemptions_created{engine="0",model_name="m"} 1.7954920865361342e+09
 vllm:cache_config_info{block_size="128",engine="0",kv_cache_memory_bytes="2147483648",num_gpu_blocks="728",num_gpu_blocks_override="None"} 1.0
 """  # noqa: E501 - a line of vLLM's
-SGLANG = 'sglang:token_usage{model_name="m"} 0.28\nsglang:num_running_reqs{model_name="m"} 4\n'
+SGLANG = """# TYPE sglang:token_usage gauge
+sglang:token_usage{model_name="m",tp_rank="0"} 0.28
+sglang:num_running_reqs{model_name="m",tp_rank="0"} 4.0
+sglang:max_total_num_tokens{model_name="m",tp_rank="0"} 40960.0
+sglang:max_total_num_tokens_swa{model_name="m",tp_rank="0"} 1.0
+sglang:page_size{model_name="m",tp_rank="0"} 64.0
+"""
+SGLANG_LATER = (
+    SGLANG
+    + """sglang:cached_tokens_total{model_name="m",cache_source="device"} 30.0
+sglang:cached_tokens_total{model_name="m",cache_source="host"} 2.0
+sglang:num_retracted_requests_total{model_name="m",tp_rank="0"} 3.0
+"""
+)
 LLAMA_CPP = "llamacpp:kv_cache_usage_ratio 0.5\nllamacpp:requests_processing 1\nllamacpp:prompt_tokens_total 512\n"
+LLAMA_CPP += "llamacpp:prompt_tokens_cached_total 8\n"
 
 
 def test_vllm_counters_add_up_over_engines_and_the_fullest_cache_counts() -> None:
@@ -39,11 +53,17 @@ def test_rise_of_a_counter() -> None:
     )
     assert after.rise(before, "preemptions") == 4
     assert after.rise(before, "output_tokens") is None
+    assert after.rise(parse(""), "preemptions") is None
+
+
+def test_a_counter_that_appears_with_its_first_event_rose_from_nothing() -> None:
+    before, after = parse(SGLANG), parse(SGLANG_LATER)
+    assert (after.rise(before, "cached_tokens"), after.rise(before, "preemptions")) == (32, 3)
 
 
 def test_other_engines_report_what_they_have() -> None:
-    assert parse(SGLANG).values == {"kv_use": 0.28, "running": 4}
-    assert parse(LLAMA_CPP).values == {"kv_use": 0.5, "running": 1, "prompt_tokens": 512}
+    assert parse(SGLANG).values == {"kv_use": 0.28, "running": 4, "kv_tokens": 40960, "block_tokens": 64}
+    assert parse(LLAMA_CPP).values == {"kv_use": 0.5, "running": 1, "prompt_tokens": 512, "cached_tokens": 8}
     assert parse("<html>not found</html>").values == {}
 
 

@@ -3,10 +3,15 @@
 import numpy as np
 import pytest
 
+from loadtests.address import Address
 from loadtests.config import LoadConfig
 from loadtests.fits import corruption_alarms, fit_ttft, mcnemar_p, what_fits
 from loadtests.metrics import accuracy, by_depth, distribution, full_load_window, meets_limits, tokens_within
+from loadtests.prompts import Words
 from loadtests.records import Accuracy, CellResult, Distribution, RequestRecord
+from loadtests.scenario import Cell
+from loadtests.summary import CellRun, Readings, summarise
+from loadtests.target import Target
 
 
 def record(**fields: object) -> RequestRecord:
@@ -14,6 +19,20 @@ def record(**fields: object) -> RequestRecord:
              "output_tokens": 11, "events": 11, "planned_s": 0.0, "sent_s": 0.0, "ttft_ms": 1000.0, "e2e_ms": 2000.0,
              "gaps_ms": [100.0] * 10}  # fmt: skip
     return RequestRecord.model_validate(usual | fields)
+
+
+@pytest.mark.parametrize(("cached", "refused"), [(10, False), (11, True)])
+def test_a_shared_bos_is_no_reason_to_refuse_a_cell(cached: int, refused: bool) -> None:
+    run = CellRun(Cell(1000, 11, 1), [record()], Readings(cached_tokens=cached))
+    target = Target(Address("http", "127.0.0.1", 1, ""), "m", "/v1/completions", Words(), {})
+    assert bool(summarise(run, LoadConfig(url="http://127.0.0.1:1"), target).refused) is refused
+
+
+@pytest.mark.parametrize(("outcome", "good_per_s"), [("ok", 0.5), ("rejected", 0.0), ("cancelled", None)])
+def test_rates_need_a_request_that_ended(outcome: str, good_per_s: float | None) -> None:
+    run = CellRun(Cell(1000, 11, 1), [record(outcome=outcome)])
+    target = Target(Address("http", "127.0.0.1", 1, ""), "m", "/v1/completions", Words(), {})
+    assert summarise(run, LoadConfig(url="http://127.0.0.1:1"), target).goodput_per_s == good_per_s
 
 
 def test_percentiles_are_pooled_and_carry_n() -> None:
@@ -54,14 +73,13 @@ def test_throughput_counts_every_stream_within_full_load_only() -> None:
     assert output == pytest.approx(11)
 
 
+def test_open_loop_counts_as_many_intervals_as_arrivals_and_no_drain() -> None:
+    assert full_load_window([record(planned_s=at_s, sent_s=at_s + 5) for at_s in (1.0, 2.0, 3.0)], closed=False) == (1.0, 4.0)
+
+
 def test_tokens_of_packed_events_are_counted_as_the_server_counts_them() -> None:
     packed = record(output_tokens=22, events=11)
     assert list(tokens_within([packed], 0, 10)) == pytest.approx([1000, 22])
-
-
-def test_open_loop_throughput_ends_with_the_arrivals() -> None:
-    records = [record(planned_s=0.0), record(planned_s=5.0, sent_s=5.0)]
-    assert full_load_window(records, closed=False) == (0, 5)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from loadtests.metrics import accuracy, by_depth, distribution
 from loadtests.output import cells_csv, summary_markdown
 from loadtests.records import CellMemory, CellResult, RequestRecord, RunResult
 from loadtests.report import render
-from loadtests.units import short_count, short_ms
+from loadtests.units import short_bytes, short_count, short_ms, short_number
 
 _VOID = {"meta", "br", "path", "use", "rect", "circle", "line", "clippath", "stop"}
 
@@ -104,6 +104,8 @@ def test_page_is_whole_and_needs_nothing_from_outside(result: RunResult) -> None
         "2.05 s",
         "What fits your limits",
         "Right answers by length and depth",
+        "KV cache needed by length and load",
+        "KV cache used by length and load",
         "23,040",
         "least squares on 24 requests",
     ):
@@ -125,6 +127,29 @@ def test_prompts_of_about_one_length_are_one_series(result: RunResult) -> None:
         record.prompt_tokens += number
     drawn = plots.latency_over_time(result)
     assert [drawn.count(f"{name} tokens") for name in ("1K", "2K", "4K")] == [1, 1, 1]
+
+
+def test_open_loop_leads_with_the_time_from_the_planned_arrival(result: RunResult) -> None:
+    assert "Planned arrival" not in render(result)
+    result.cells = [
+        one.model_copy(
+            update={"concurrency": None, "rate": float(one.concurrency or 0), "scheduled_ms": distribution([4321.0])}
+        )
+        for one in result.cells
+    ]
+    text = read(render(result)).text
+    assert "Planned arrival to last token, median" in text
+    assert "4.32 sfrom planned arrival to last token, 99th percentile, 1K prompts, 8 per second" in text
+
+
+def test_trace_is_drawn_request_by_request_and_states_no_length(result: RunResult) -> None:
+    result.cells = [result.cells[0].model_copy(update={"cell": "1024x1", "length": 0, "concurrency": None})]
+    result.requests = records(1024, 1)
+    page = render(result)
+    text = read(page).text
+    assert "Time to first token of each traced request" in text
+    assert "to the first token, median, traced prompts, as in the trace" in text
+    assert page.count("<svg") == 3
 
 
 def test_refused_cell_shows_no_figure(result: RunResult) -> None:
@@ -151,9 +176,16 @@ def test_csv_has_a_row_for_each_cell(result: RunResult) -> None:
     assert rows[0]["accuracy"] == "0.875"
 
 
-@pytest.mark.parametrize(("ms", "shown"), [(0.5, "0.5 ms"), (999.4, "999 ms"), (999.6, "1 s"), (12_345, "12.3 s")])
+@pytest.mark.parametrize(
+    ("ms", "shown"), [(0.5, "0.5 ms"), (999.4, "999 ms"), (999.6, "1 s"), (12_345, "12.3 s"), (4e6, "4,000 s")]
+)
 def test_milliseconds(ms: float, shown: str) -> None:
     assert short_ms(ms) == shown
+
+
+def test_large_figures_are_no_powers_of_ten() -> None:
+    assert [short_number(value) for value in (0.0603, 21.64, 999.6, 12_345.6)] == ["0.0603", "21.6", "1,000", "12,346"]
+    assert [short_bytes(value) for value in (1010 << 20, 5 << 30)] == ["0.986 GiB", "5 GiB"]
 
 
 @pytest.mark.parametrize(("count", "shown"), [(512, "512"), (1024, "1K"), (65_536, "64K"), (61_440, "60K"), (8128, "7.9K")])

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from ard_serve.errors import EngineDiedError, UsageError
+from ard_serve.errors import ArdError, DataError, EngineDiedError, ModelError, UsageError
 from loadtests.config import LoadConfig
 from loadtests.records import RunResult
 from loadtests.runner import run
@@ -205,8 +205,13 @@ def test_another_host_is_refused_unless_named(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"--allow-host example\.test") as raised:
         run(config("http://example.test:8000", tmp_path))
     assert raised.value.exit_code == 2
+
+
+def test_a_mistyped_address_wipes_no_older_record(tmp_path: Path) -> None:
+    (tmp_path / "requests.jsonl").write_text("{}", encoding="utf-8")
     with pytest.raises(UsageError, match="no answer"):
         run(config("http://127.0.0.2:9", tmp_path))
+    assert (tmp_path / "requests.jsonl").read_text(encoding="utf-8") == "{}"
 
 
 @pytest.mark.fault("L7")
@@ -225,6 +230,15 @@ def test_cell_that_a_prefix_cache_answered_is_refused(start_mock: StartMock, tmp
     assert result.cells[0].refused == "the prefix cache answered 1024 of 1024 prompt tokens"
     assert any("refused" in alarm for alarm in result.alarms)
     assert "refused" in (tmp_path / "summary.md").read_text(encoding="utf-8")
+
+
+def test_repeats_ask_at_the_depths_that_are_left(start_mock: StartMock, tmp_path: Path) -> None:
+    url = start_mock(ttft_ms=5, itl_ms=1)
+    fields = {"lengths": (256,), "requests_per_cell": 2, "repeats": 3, "depths": 6, "concurrencies": (1, 2)}
+    assert run(config(url, tmp_path, **fields)) == 0
+    alone, loaded = result_of(tmp_path).cells
+    assert [one.n if one else 0 for one in alone.accuracy_by_depth] == [1] * 6
+    assert alone.accuracy_by_depth == loaded.accuracy_by_depth
 
 
 def test_answers_that_go_wrong_under_load_raise_an_alarm(start_mock: StartMock, tmp_path: Path) -> None:
@@ -277,6 +291,19 @@ def test_time_limit_lists_what_it_left_out(start_mock: StartMock, tmp_path: Path
     assert result.status == "time_limit"
     assert len(result.cells) + len(result.not_run) == 4
     assert result.not_run
+
+
+@pytest.mark.parametrize(
+    ("fields", "error"),
+    [({"arrival": "trace", "trace": "missing.csv"}, DataError), ({"lengths": (20,)}, UsageError),
+     ({"model_dir": "missing"}, ModelError)],
+)  # fmt: skip
+def test_mistakes_leave_no_report(
+    start_mock: StartMock, tmp_path: Path, fields: dict[str, object], error: type[ArdError]
+) -> None:
+    with pytest.raises(error):
+        run(config(start_mock(), tmp_path, **fields))
+    assert not (tmp_path / "result.json").exists()
 
 
 def test_length_beyond_the_window_says_what_would_fit(start_mock: StartMock, tmp_path: Path) -> None:

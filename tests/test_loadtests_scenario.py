@@ -30,6 +30,18 @@ def test_default_grid_runs_to_the_served_limit_and_past_a_full_cache() -> None:
     assert [cell.concurrency for cell in cells if cell.length == 1024] == [1, 2, 4, 8, 16, 32, 64]
 
 
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [({"arrival": "poisson"}, "arrival poisson needs rates; give --rates, in requests per second"),
+     ({"arrival": "trace"}, "arrival trace needs a file; give --trace"),
+     ({"lengths": [512, 0]}, "0: lengths, concurrencies and rates must be positive")],
+)  # fmt: skip
+def test_fields_that_do_not_go_together_are_one_plain_line(fields: dict[str, object], says: str) -> None:
+    with pytest.raises(UsageError) as raised:
+        LoadConfig.resolve(None, {"url": "http://127.0.0.1:1"} | fields)
+    assert str(raised.value) == says
+
+
 def test_short_window_is_one_length() -> None:
     assert {cell.length for cell in plan(config(output_tokens=64), 512, None, 16)} == {448}
 

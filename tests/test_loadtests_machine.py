@@ -1,0 +1,65 @@
+"""What is said of the machine, and the memory of a server whose processes and GPUs are known."""
+
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from loadtests import machine
+from loadtests.address import Address
+
+# A server whose child holds 64 MiB; it prints its port once both are there.
+_SERVER = """
+import socket, subprocess, sys
+child = subprocess.Popen([sys.executable, "-c", "import time; held = b'x' * (64 << 20); print(flush=True); time.sleep(60)"],
+                         stdout=subprocess.PIPE)
+child.stdout.readline()
+listener = socket.create_server(("127.0.0.1", 0))
+print(listener.getsockname()[1], flush=True)
+sys.stdin.read()
+child.kill()
+"""
+
+
+def test_memory_is_that_of_the_whole_process_tree() -> None:
+    command = [sys.executable, "-c", _SERVER]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        memory = machine.ServerMemory(Address("http", "127.0.0.1", int(process.stdout.readline()), ""))
+        memory.sample()
+        rss_bytes, _ = memory.take()
+        process.communicate("")
+    assert rss_bytes is not None
+    assert rss_bytes > 64 << 20
+    assert memory.take()[0] is None, "each cell starts over"
+
+
+def test_gpu_memory_is_summed_over_the_machines_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    nvml = SimpleNamespace(
+        NVMLError=RuntimeError, nvmlInit=lambda: None, nvmlDeviceGetCount=lambda: 2, nvmlDeviceGetHandleByIndex=int,
+        nvmlDeviceGetName=lambda index: f"GPU {index}", nvmlDeviceGetMemoryInfo=lambda index: SimpleNamespace(used=index + 5),
+    )  # fmt: skip
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)
+    memory = machine.ServerMemory(Address("http", "127.0.0.1", 9, ""))
+    memory.sample()
+    assert memory.take() == (None, 11)
+    assert machine.describe_machine()["gpus"] == ["GPU 0", "GPU 1"]
+
+
+def test_commit_is_marked_where_the_code_differs_from_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = tmp_path / "loadtests" / "machine.py"
+    code.parent.mkdir()
+    code.write_text("", encoding="utf-8")
+    monkeypatch.setattr(machine, "__file__", str(code))
+    assert machine.commit() == "", "not a checkout"
+    who = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    for words in (["init", "-q"], ["add", "."], [*who, "commit", "-qm", "first"]):
+        subprocess.run(["git", "-C", str(tmp_path), *words], check=True)
+    head = machine.commit()
+    assert len(head) == 12
+    (tmp_path / "elsewhere").write_text("", encoding="utf-8")
+    assert machine.commit() == head
+    code.write_text("changed", encoding="utf-8")
+    assert machine.commit() == f"{head}-dirty"

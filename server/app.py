@@ -2,9 +2,15 @@
 
 import asyncio
 import logging
+import os
+import secrets
 import signal
 import socket
+import tempfile
 import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import uvloop
@@ -13,17 +19,23 @@ from ard_serve.console import out, print_table
 from ard_serve.errors import EXIT_INTERRUPTED, EXIT_TERMINATED, UsageError
 from server import capacity, flags, preflight
 from server.admission import Admission
+from server.attachment import ENGINE_KEY, Attachment
 from server.auth import Keys
 from server.call import CallLimits
 from server.config import ServeConfig
+from server.engine import engine_spec
 from server.errors import unavailable
-from server.gateway import Gateway, build_app, build_metrics_app
+from server.gateway import Gateway
 from server.health import Health
 from server.listener import bind, make_server
 from server.literal import Literal, control_tokens
 from server.metrics import Metrics
 from server.preflight import Checkpoint
+from server.routes import build_app, build_metrics_app
 from server.supervisor import Supervisor
+from server.traces import Traces
+from server.upstream import Upstream
+from server.watch import Watch
 
 log = logging.getLogger("server")
 
@@ -39,20 +51,31 @@ def run(config: ServeConfig) -> int:
         ArdError: usage (2), model (3), memory (5), or an engine that died for good (70).
     """
     keys = _keys(config)
+    traces = Traces(config.traces) if config.traces else None
     listeners = [bind(config.host, config.port)]
     if config.metrics_port is not None:
         listeners.append(bind(config.host, config.metrics_port))
     checkpoint = preflight.check_model(config)
+    if config.attach and config.engine_args:
+        raise UsageError(f"{config.engine_args[0]} after --: the engine at {config.attach} has its flags already; remove it")
     gpus = capacity.gpu_memory_bytes()
+    engine_flags = () if config.attach else _plan_engine(config, checkpoint, gpus)
+    # The lanes of an attached engine are its operator's to set; those of a GPU are the likelier guess for it.
+    lanes = flags.lanes(config, bool(gpus) or bool(config.attach))
+    with tempfile.TemporaryDirectory(prefix="ard-serve-") as folder:
+        make_keeper = partial(_keeper, config, checkpoint, engine_flags, lanes, Path(folder))
+        return uvloop.run(_serve(config, checkpoint, keys, listeners, traces, make_keeper))
+
+
+def _plan_engine(config: ServeConfig, checkpoint: Checkpoint, gpus: tuple[int, ...]) -> tuple[str, ...]:
+    """Print what fits, and return the flags that we add to the operator's."""
     kv_bytes = capacity.kv_cache_bytes(config, bool(gpus))
     plan = capacity.plan(checkpoint, gpus, kv_bytes, config.engine_args)
     out.print(plan.title(config.model_name), highlight=False)
     print_table("", ("tokens a request", "KV GiB", "fit at once"), plan.rows(checkpoint.window))
     known = flags.known_flags(config.engine_command)
     flags.check_engine_args(config.engine_args, known)
-    engine_flags = flags.optional_flags(config, known, bool(gpus), kv_bytes)
-    capacity_lanes = flags.lanes(config, bool(gpus))
-    return uvloop.run(_serve(config, checkpoint, keys, listeners, engine_flags, capacity_lanes))
+    return flags.optional_flags(config, known, bool(gpus), kv_bytes)
 
 
 def _keys(config: ServeConfig) -> Keys:
@@ -68,16 +91,14 @@ async def _serve(
     checkpoint: Checkpoint,
     keys: Keys,
     listeners: list[socket.socket],
-    engine_flags: tuple[str, ...],
-    lanes: tuple[int, int],
+    traces: Traces | None,
+    make_keeper: Callable[[], Supervisor | Attachment],
 ) -> int:
-    window = checkpoint.window
-    health, metrics = Health(), Metrics()
-    admission = Admission(config.queue_size, config.queue_timeout_s)
-    supervisor = Supervisor(config, window, engine_flags, lanes, health, admission, metrics)
+    keeper = make_keeper()
     card = preflight.model_card(config, checkpoint, int(time.time()))
+    limits = CallLimits.of(config, checkpoint.window, checkpoint.measured_limit)
     literal = Literal(control_tokens(config.model))
-    gateway = Gateway(config, CallLimits.of(config, window), card, keys, literal, supervisor, health, admission, metrics)
+    gateway = Gateway(config, limits, card, keys, literal, keeper.watch, traces)
     apps = (build_app(gateway), build_metrics_app(gateway))
     servers = [
         make_server(app, config.header_timeout_s, config.idle_timeout_s) for app, _ in zip(apps, listeners, strict=False)
@@ -85,7 +106,7 @@ async def _serve(
     signals = _Signals(keys)
     pairs = zip(servers, listeners, strict=True)
     serving = asyncio.gather(*(server.serve(sockets=[listener]) for server, listener in pairs))
-    engine = asyncio.create_task(supervisor.run())
+    engine = asyncio.create_task(keeper.run())
     for listener, what in zip(listeners, ("the engine is loading", "metrics"), strict=False):
         host, port = listener.getsockname()[:2]
         out.print(f"listening on http://{host}:{port}, {what}", highlight=False)
@@ -95,13 +116,31 @@ async def _serve(
         if engine.done():
             gateway.abort_all(unavailable("the engine died and could not be restarted", "engine_failed"))
             engine.result()
-        return await _drain(config.drain_s, gateway, health, signals) if signals.first.done() else 0
+        return await _drain(config.drain_s, gateway, keeper.watch.health, signals) if signals.first.done() else 0
     finally:
         engine.cancel()
         for server in servers:
             server.should_exit = True
         await asyncio.gather(serving, engine, return_exceptions=True)
-        await supervisor.stop(_STOP_GRACE_S)
+        await keeper.stop(_STOP_GRACE_S)
+        await keeper.watch.upstream.close()
+        if traces:
+            traces.close()
+
+
+def _keeper(
+    config: ServeConfig, checkpoint: Checkpoint, engine_flags: tuple[str, ...], lanes: tuple[int, int], folder: Path
+) -> Supervisor | Attachment:
+    """Who looks after the engine, ours or one that runs already. To be called in the event loop."""
+    window, metrics = checkpoint.window, Metrics()
+    metrics.describe(config.model_name, checkpoint.manifest, checkpoint.measured_limit)
+    admission = Admission(config.queue_size, config.queue_timeout_s)
+    if config.attach:
+        upstream = Upstream(config.attach, os.environ.get(ENGINE_KEY, ""))
+        return Attachment(config, Watch(config, upstream, window, lanes, Health(), admission, metrics))
+    path, key = folder / "engine.sock", secrets.token_hex(32)
+    spec = engine_spec(config, path, key, window, engine_flags)
+    return Supervisor(config, spec, Watch(config, Upstream(path, key), window, lanes, Health(), admission, metrics))
 
 
 async def _drain(drain_s: float, gateway: Gateway, health: Health, signals: "_Signals") -> int:

@@ -107,6 +107,11 @@ class Keys:
             callers[record.sha256] = Caller(name, record, self._salt(record), balance, time.monotonic())
         self._callers = callers
 
+    @property
+    def are_required(self) -> bool:
+        """Whether a caller must bring a key."""
+        return self._path is not None
+
     def identify(self, authorization: str | None) -> Caller:
         """The caller whose key the Authorization header carries.
 

@@ -16,7 +16,7 @@ _INTEGER_LIMITS = {"maxLength", "minLength", "maxItems", "minItems", "maxPropert
 _REPEAT = re.compile(r"\{(\d*),?(\d*)\}")
 
 # Parameters of vLLM that reach past the request: other tenants' cache, the engine's transfers, unpickled tensors, scheduling.
-_REFUSED = frozenset(
+REFUSED = frozenset(
     {
         *("prompt_embeds", "kv_transfer_params", "ec_transfer_params", "vllm_xargs", "mm_processor_kwargs", "media_io_kwargs"),
         *("mm_payload", "return_mm_kwargs", "chat_template", "priority", "request_id", "session_id"),
@@ -28,9 +28,10 @@ _TEXT_PARTS = frozenset({"text", "input_text", "output_text", "refusal", "thinki
 
 @dataclass(frozen=True)
 class CallLimits:
-    """What a request may ask for; lengths in tokens."""
+    """What a request may ask for; lengths in tokens. `measured` is the longest whose quality was measured."""
 
     window: int
+    measured: int | None
     max_n: int
     max_generated_tokens: int
     default_max_tokens: int
@@ -38,10 +39,17 @@ class CallLimits:
     max_schema_bytes: int
 
     @classmethod
-    def of(cls, config: ServeConfig, window: int) -> Self:
+    def of(cls, config: ServeConfig, window: int, measured: int | None) -> Self:
         """The configured limits; what is not configured follows the window."""
-        generated = config.max_generated_tokens or window
-        return cls(window, config.max_n, generated, config.default_max_tokens, config.max_logprobs, config.max_schema_bytes)
+        return cls(
+            window=window,
+            measured=measured,
+            max_n=config.max_n,
+            max_generated_tokens=config.max_generated_tokens or window,
+            default_max_tokens=config.default_max_tokens,
+            max_logprobs=config.max_logprobs,
+            max_schema_bytes=config.max_schema_bytes,
+        )
 
 
 @dataclass(frozen=True)
@@ -165,7 +173,7 @@ def _children(node: Any) -> Iterator[Any]:
 
 def _check_names(fields: dict[str, Any], known: frozenset[str]) -> None:
     for name in fields:
-        if name in _REFUSED and fields[name] not in (None, False):
+        if name in REFUSED and fields[name] is not None and fields[name] is not False:
             raise bad_request(f"'{name[:100]}' is not allowed on this server; remove it", name[:100], "unsupported_parameter")
         if known and name not in known:
             raise bad_request(f"unknown parameter '{name[:100]}'; remove it", name[:100], "unknown_parameter")

@@ -20,9 +20,17 @@ class ServeConfig(Settings):
         None, ge=0, le=65535, description="second port with /metrics and the probes, without a key"
     )
     api_keys: Path | None = Field(None, description="TOML file of named, hashed keys (python -m server.auth NAME makes one)")
+    traces: str | None = Field(
+        None,
+        pattern="^https?://",
+        description="OTLP endpoint for OpenTelemetry traces, http://HOST:4318/v1/traces; off if not given",
+    )
     allow_anonymous: bool = Field(False, description="serve without keys on an address that others can reach")
 
     max_model_len: int | None = Field(None, ge=16, description="window in tokens; the export's served limit when not given")
+    attach: str | None = Field(
+        None, pattern=r"^https?://[^/]+$", description="URL of a vLLM that already runs MODEL; it is not started or stopped"
+    )
     beyond_measured: Literal["refuse", "mark"] = Field(
         "refuse", description="a window longer than was measured: refuse or mark"
     )

@@ -21,10 +21,11 @@ _NOT_THE_CAUSE = re.compile(r" (?:INFO|WARNING) |root cause above")
 
 @dataclass(frozen=True)
 class EngineSpec:
-    """What to run: the full command and the environment that goes on top of ours."""
+    """What to run: the full command, the environment that goes on top of ours, and the socket that will appear."""
 
     command: tuple[str, ...]
     environment: dict[str, str]
+    socket: Path
 
 
 def engine_spec(config: ServeConfig, socket: Path, key: str, max_model_len: int, extra_flags: tuple[str, ...]) -> EngineSpec:
@@ -46,7 +47,7 @@ def engine_spec(config: ServeConfig, socket: Path, key: str, max_model_len: int,
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_COMPUTE_NANS_IN_LOGITS": "1",
     }
-    return EngineSpec(command, environment)
+    return EngineSpec(command, environment, socket)
 
 
 class Engine:

@@ -18,6 +18,7 @@ from server.errors import ApiError, unavailable
 from server.metrics import Metrics
 from server.pace import Pace
 from server.sizing import Sized, size
+from server.traces import Trace
 from server.upstream import Upstream, UpstreamError
 
 _LAST_WORDS_S = 1
@@ -56,9 +57,9 @@ class Exchange(Response):
     It ends by itself, by its deadline, by the client's leaving or by `abort`; in each case the engine's work for it ends too.
     """
 
-    def __init__(self, call: Call, caller: Caller, request_id: str, services: Services, headers: dict[str, str]) -> None:
-        super().__init__(headers={"x-request-id": request_id, **headers})
-        self.call, self.caller, self.request_id = call, caller, request_id
+    def __init__(self, call: Call, caller: Caller, request_id: str, services: Services, trace: Trace | None) -> None:
+        super().__init__()
+        self.call, self.caller, self.request_id, self.trace = call, caller, request_id, trace
         self.outcome, self.status, self.events = "lost", 0, 0
         self.ttft_s: float | None = None
         self.sized: Sized | None = None
@@ -121,7 +122,8 @@ class Exchange(Response):
         async with self._services.admission.slot(reserve_tokens, max(sized.prompt_tokens)) as ticket:
             self._services.metrics.queue_wait.labels(_lane(ticket)).observe(self.duration_s)
             try:
-                async with upstream.open("POST", self.call.kind.path, sized.payload, self.request_id) as response:
+                onward = self.trace.headers if self.trace else {}
+                async with upstream.open("POST", self.call.kind.path, sized.payload, self.request_id, onward) as response:
                     if self.call.stream and response.status == 200:
                         await self._relay(response.content.iter_any(), ticket, send)
                     else:
@@ -178,8 +180,9 @@ class Exchange(Response):
 
     async def _start(self, status: int, headers: dict[str, str], send: Send) -> None:
         self.status = status
-        merged = {**{k: v for k, v in self.headers.items() if k != "content-length"}, **headers}
-        raw = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in merged.items()]
+        if self.sized and self.sized.beyond_measured:
+            headers = {**headers, "x-ard-beyond-measured": str(self._services.limits.measured)}
+        raw = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()]
         await send({"type": "http.response.start", "status": status, "headers": raw})
 
     def _first_event(self, ticket: Ticket) -> None:

@@ -3,6 +3,8 @@
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
+from ard_serve.artifact import Manifest
+
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 _GAP_SECONDS = (0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1, 2, 5, 15, 60)
 
@@ -40,6 +42,11 @@ class Metrics:
         self.model = Gauge(
             "ard_model_info", "Provenance of the served model.", ("model", "recipe", "base", "served_limit"), registry=registry
         )
+
+    def describe(self, model: str, manifest: Manifest | None, measured_limit: int | None) -> None:
+        """Say what is served: the name clients use, how it was made, and the longest measured length in tokens."""
+        recipe, base = (manifest.recipe.name, manifest.base.name) if manifest else ("", "")
+        self.model.labels(model, recipe, base, measured_limit or "").set(1)
 
     def render(self, engine_text: str | None) -> bytes:
         """Prometheus text of ours and, where it could be had, the engine's."""

@@ -15,11 +15,15 @@ _COUNT_FROM_BYTES = 1024
 
 @dataclass(frozen=True)
 class Sized:
-    """A call with its lengths in tokens, one prompt length for each prompt, and its body for the engine."""
+    """A call with its lengths in tokens, one prompt length for each prompt, and its body for the engine.
+
+    `beyond_measured` says that its last token may lie further than quality was measured.
+    """
 
     prompt_tokens: tuple[int, ...]
     max_tokens: int
     payload: bytes
+    beyond_measured: bool
 
 
 async def size(call: Call, limits: CallLimits, salt: str | None, upstream: Upstream, request_id: str) -> Sized:
@@ -31,14 +35,16 @@ async def size(call: Call, limits: CallLimits, salt: str | None, upstream: Upstr
     """
     prompt_tokens = call.prompt_tokens or (len(call.body),) * call.prompts
     longest = max(prompt_tokens)
-    is_tight = longest + (call.max_tokens or limits.default_max_tokens) > limits.window
+    measured = min(limits.measured or limits.window, limits.window)
+    is_tight = longest + (call.max_tokens or limits.default_max_tokens) > measured
     if call.prompt_tokens is None and (is_tight or longest > _COUNT_FROM_BYTES):
         prompt_tokens = await _count(call, limits.window, upstream, request_id)
         longest = max(prompt_tokens)
     if longest + (call.max_tokens or 1) > limits.window:
         raise _too_long(call, longest, limits.window)
     max_tokens = call.max_tokens or min(limits.default_max_tokens, limits.window - longest)
-    return Sized(prompt_tokens, max_tokens, _payload(call, max_tokens, salt))
+    beyond_measured = longest + max_tokens > measured
+    return Sized(prompt_tokens, max_tokens, _payload(call, max_tokens, salt), beyond_measured)
 
 
 def _too_long(call: Call, prompt_tokens: int, window: int) -> ApiError:

@@ -1,7 +1,7 @@
-"""HTTP to the engine over its Unix socket: whole answers, and streams whose closing cancels the engine's work."""
+"""HTTP to the engine, by socket or URL: whole answers, and streams whose closing cancels the engine's work."""
 
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -9,6 +9,7 @@ from typing import Any
 import aiohttp
 
 _CONNECT_TIMEOUT_S = 5
+_NO_TRACE: Mapping[str, str] = {}
 
 
 class UpstreamError(Exception):
@@ -18,23 +19,26 @@ class UpstreamError(Exception):
 class Upstream:
     """A client of one engine. Deadlines are the caller's: every await here may be cancelled, which closes the connection."""
 
-    def __init__(self, socket: Path, key: str) -> None:
+    def __init__(self, address: Path | str, key: str) -> None:
+        on_socket = isinstance(address, Path)
         self._session = aiohttp.ClientSession(
-            base_url="http://engine",
-            connector=aiohttp.UnixConnector(path=str(socket), limit=0),
+            base_url="http://engine" if on_socket else str(address),
+            connector=aiohttp.UnixConnector(path=str(address), limit=0) if on_socket else aiohttp.TCPConnector(limit=0),
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_TIMEOUT_S),
-            headers={"authorization": f"Bearer {key}"},
+            headers={"authorization": f"Bearer {key}"} if key else None,
             auto_decompress=False,
         )
 
     @asynccontextmanager
-    async def open(self, method: str, path: str, body: bytes | None, request_id: str) -> AsyncIterator[aiohttp.ClientResponse]:
+    async def open(
+        self, method: str, path: str, body: bytes | None, request_id: str, trace: Mapping[str, str] = _NO_TRACE
+    ) -> AsyncIterator[aiohttp.ClientResponse]:
         """Send a request and yield its response as soon as the headers are there; leaving the block early cancels it.
 
         Raises:
             UpstreamError: the connection failed, before or during the answer.
         """
-        headers = {"x-request-id": request_id, "content-type": "application/json"}
+        headers = {"x-request-id": request_id, "content-type": "application/json", **trace}
         try:
             async with self._session.request(method, path, data=body, headers=headers) as response:
                 try:

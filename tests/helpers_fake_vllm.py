@@ -1,8 +1,8 @@
 """A stand-in for `python -m vllm.entrypoints.openai.api_server`: the same routes on a Unix socket, scripted faults.
 
-It runs as a process of its own. A request says in its `user` field, as JSON, how it is to be answered:
-`tokens`, `first_s`, `gap_s` (timing), `end` (done, truncate, error, die, hang), `logprob`. What it sees it writes to
-$FAKE_LOG as JSON lines, so that a test can tell what reached the engine and what was cancelled.
+It runs as a process of its own, on `--port` where that is given. A request says in its `user` field, as JSON, how it is
+to be answered: `tokens`, `first_s`, `gap_s` (timing), `end` (done, truncate, error, die, hang), `logprob`. What it sees it
+writes to $FAKE_LOG as JSON lines, so that a test can tell what reached the engine and what was cancelled.
 """
 
 import asyncio
@@ -58,6 +58,8 @@ class FakeEngine:
             schema = {"properties": dict.fromkeys(PARAMETERS.split(), 0)}
             names = ("CompletionRequest", "ChatCompletionRequest", "ResponsesRequest")
             return reply(writer, 200, {"components": {"schemas": dict.fromkeys(names, schema)}})
+        if path == "/v1/models":
+            return reply(writer, 200, {"data": [{"id": "tiny", "max_model_len": self.script.get("window", 512)}]})
         if path == "/metrics":
             blocks = self.script.get("blocks", 65)
             return reply(
@@ -65,12 +67,14 @@ class FakeEngine:
             )
         fields = json.loads(body)
         if path == "/tokenize":
-            text = fields.get("prompt") or "".join(str(message["content"]) for message in fields["messages"])
-            return reply(writer, 200, {"count": len(text)})
+            texts = (
+                [fields["prompt"]] if "prompt" in fields else [str(message.get("content")) for message in fields["messages"]]
+            )
+            return reply(writer, 200, {"count": len("".join(texts))})
         is_canary = headers.get("x-request-id") == "canary"
-        script = self.script.get("canary", {}) if is_canary else json.loads(fields.get("user") or "{}")
+        script = self.script.get("canary", {}) if is_canary else script_of(fields.get("user"))
         if not is_canary:
-            log(event="start", path=path, id=headers.get("x-request-id"), body=body.decode())
+            log(event="start", path=path, id=headers.get("x-request-id"), trace=headers.get("traceparent"), body=body.decode())
         work = asyncio.create_task(generate(writer, path, fields, script))
         gone = asyncio.create_task(reader.read(1))
         await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
@@ -83,6 +87,14 @@ class FakeEngine:
         if outcome == "cancelled":
             raise ConnectionError
         return None
+
+
+def script_of(user: Any) -> dict[str, Any]:
+    try:
+        script = json.loads(user)
+    except (TypeError, ValueError):
+        return {}
+    return script if isinstance(script, dict) else {}
 
 
 async def generate(writer: asyncio.StreamWriter, path: str, fields: dict[str, Any], script: dict[str, Any]) -> None:
@@ -145,7 +157,10 @@ async def main(arguments: list[str]) -> None:
         print(f"ValueError: {engine.script.get('last_words', 'no reason')}")
         sys.exit(code)
     await asyncio.sleep(engine.script.get("load_s", 0))
-    server = await asyncio.start_unix_server(engine.connection, arguments[arguments.index("--uds") + 1])
+    if "--port" in arguments:
+        server = await asyncio.start_server(engine.connection, "127.0.0.1", int(arguments[arguments.index("--port") + 1]))
+    else:
+        server = await asyncio.start_unix_server(engine.connection, arguments[arguments.index("--uds") + 1])
     # As vLLM does: a second process that outlives the first unless somebody ends it.
     worker = await asyncio.create_subprocess_exec(sys.executable, "-c", "import time; time.sleep(600)")
     log(event="worker", pid=worker.pid)

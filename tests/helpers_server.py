@@ -17,6 +17,8 @@ from typing import Any
 import httpx
 import numpy as np
 
+from ard_serve import artifact
+from ard_serve.artifact import BaseModelRecord, Manifest, Quality, RecipeRecord, RopeRecord, Scores
 from server.preflight import expected_shapes
 
 FAKE_ENGINE = (sys.executable, str(Path(__file__).with_name("helpers_fake_vllm.py")))
@@ -34,6 +36,7 @@ except ArdError as error:
     sys.exit(error.exit_code)
 """
 PROMPT = [1, 2, 3]
+ENGINE_KEY = "engine-secret"
 MODEL_CONFIG: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
@@ -65,6 +68,27 @@ def write_model(folder: Path, **overrides: Any) -> Path:
     random = np.random.default_rng(0)
     tensors = {name: random.standard_normal(shape, dtype=np.float32) for name, shape in expected_shapes(config).items()}
     write_safetensors(folder / "model.safetensors", tensors)
+    return folder
+
+
+def write_export(folder: Path, served_limit: int | None = 256, **overrides: object) -> Path:
+    """A model with a manifest that describes it truly."""
+    write_model(folder, **overrides)
+    manifest = Manifest(
+        created_at="2026-01-01T00:00:00Z",
+        ard_serve_version="0",
+        base=BaseModelRecord(name="base", architecture="LlamaForCausalLM", weights_sha256="0" * 64, native_window=128),
+        rope=RopeRecord(rope_type="yarn", factor=4.0, target_length=512, parameters={}),
+        recipe=RecipeRecord(name="default", objectives={"lm": 1.0}, trainable="lora", steps=1, tokens=1, seed=0),
+        quality=Quality(
+            native=Scores(perplexity={128: 33.3}),
+            restored=Scores(perplexity={256: 29.9}, needle={256: 0.75}),
+            served_limit=served_limit,
+        ),
+        files=artifact.describe_files(folder),
+        tensors=artifact.describe_tensors(folder),
+    )
+    artifact.write_manifest(folder, manifest)
     return folder
 
 
@@ -135,6 +159,23 @@ class Gateway:
 
 
 StartGateway = Callable[..., Gateway]
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return int(free.getsockname()[1])
+
+
+@contextmanager
+def running_engine(command: tuple[str, ...], port: int, log: Path, script: str = "{}") -> Iterator[subprocess.Popen[bytes]]:
+    """An engine that no gateway has started, with the key ENGINE_KEY."""
+    environment = os.environ | {"VLLM_API_KEY": ENGINE_KEY, "FAKE_LOG": str(log), "FAKE_SCRIPT": script}
+    process = subprocess.Popen([*command, "--port", str(port)], env=environment, start_new_session=True)
+    try:
+        yield process
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 @contextmanager

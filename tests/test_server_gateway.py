@@ -13,7 +13,18 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from helpers_server import PROMPT, Gateway, StartGateway, complete, error_of, gateways, send, wait_for, write_model
+from helpers_server import (
+    PROMPT,
+    Gateway,
+    StartGateway,
+    complete,
+    error_of,
+    gateways,
+    send,
+    wait_for,
+    write_export,
+    write_model,
+)
 
 from server.auth import hash_key
 
@@ -44,9 +55,7 @@ def keyed_gateway(start: StartGateway, tmp_path_factory: pytest.TempPathFactory)
 
 
 @pytest.mark.fault("S16")
-@pytest.mark.parametrize(
-    "path", ["/invocations", "/tokenize", "/docs", "/openapi.json", "/v1/embeddings", "/generative_scoring"]
-)
+@pytest.mark.parametrize("path", ["/invocations", "/tokenize", "/docs", "/redoc", "/v1/embeddings", "/generative_scoring"])
 def test_a_route_that_is_not_listed_does_not_exist(keyed_gateway: Gateway, path: str) -> None:
     with keyed_gateway.client() as client:
         assert client.get(path).status_code == 404
@@ -236,9 +245,9 @@ def test_sequences_times_tokens_is_bounded(open_gateway: Gateway) -> None:
 
 
 @pytest.mark.fault("S13")
-@pytest.mark.parametrize("name", ["temprature", "prompt_embeds", "priority"])
-def test_an_unknown_or_forbidden_parameter_is_400_and_named(open_gateway: Gateway, name: str) -> None:
-    fields: dict[str, Any] = {name: "x"}
+@pytest.mark.parametrize(("name", "value"), [("temprature", 0.5), ("prompt_embeds", "x"), ("priority", 0)])
+def test_an_unknown_or_forbidden_parameter_is_400_and_named(open_gateway: Gateway, name: str, value: Any) -> None:
+    fields: dict[str, Any] = {name: value}
     response = complete(open_gateway, **fields)
     assert response.status_code == 400
     assert error_of(response)["param"] == name
@@ -371,6 +380,18 @@ def test_a_plan_says_what_a_request_would_take(open_gateway: Gateway) -> None:
     assert (plan["fits"], plan["lane"], plan["requests_waiting"]) == (True, "short", 0)
     assert plan["estimated_last_token_s"] > 100 * 0.02
     assert len(open_gateway.engine_events("start")) == sent
+
+
+def test_an_answer_beyond_the_measured_length_is_marked(start: StartGateway, tmp_path: Path) -> None:
+    model = write_export(tmp_path / "tiny", served_limit=256)
+    gateway = start(model=str(model), max_model_len=512, beyond_measured="mark").until_ready()
+    mark = "x-ard-beyond-measured"
+    assert mark not in complete(gateway, prompt=[1] * 100, max_tokens=156).headers
+    assert complete(gateway, prompt=[1] * 100, max_tokens=157).headers[mark] == "256"
+    assert complete(gateway, prompt="x" * 250, max_tokens=8, stream=True).headers[mark] == "256"
+    assert gateway.metric('ard_model_info{base="base",model="tiny",recipe="default",served_limit="256"}') == 1
+    with gateway.client() as client:
+        assert client.post("/v1/plan", json={"prompt": [1] * 300}).json()["beyond_measured"] is True
 
 
 @pytest.mark.fault("S19")

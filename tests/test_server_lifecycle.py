@@ -1,5 +1,6 @@
 """The gateway as a process: probes, an engine that dies or hangs, restarts, draining, exit codes. Real signals throughout."""
 
+import asyncio
 import json
 import os
 import signal
@@ -225,6 +226,28 @@ def test_an_address_that_others_reach_needs_keys(start: StartGateway) -> None:
     gateway = start(host="0.0.0.0")
     assert gateway.wait() == 2
     assert "--api-keys" in gateway.stderr
+
+
+@pytest.mark.slow
+async def test_memory_is_flat_over_ten_thousand_requests(start: StartGateway) -> None:
+    import psutil
+
+    gateway = start({"blocks": 4000}).until_ready()
+    process = psutil.Process(gateway.process.pid)
+
+    async def ask_many(count: int) -> int:
+        """Resident bytes after `count` requests, a third of them streams, a third too long, sixteen at a time."""
+        body = {"prompt": [1] * 3, "max_tokens": 8, "user": '{"tokens": 3}'}
+        bodies = [body, {**body, "stream": True}, {**body, "prompt": [1] * 600}]
+        async with httpx.AsyncClient(base_url=gateway.url, timeout=30, trust_env=False) as client:
+            for first in range(0, count, 16):
+                asked = (client.post("/v1/completions", json=bodies[number % 3]) for number in range(first, first + 16))
+                statuses = [answer.status_code for answer in await asyncio.gather(*asked)]
+                assert set(statuses) == {200, 400}
+        return int(process.memory_info().rss)
+
+    before_bytes = await ask_many(2000)
+    assert await ask_many(10_000) - before_bytes < 3_000_000
 
 
 def test_an_idle_stream_costs_little_memory(start: StartGateway) -> None:

@@ -7,31 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers_server import MODEL_CONFIG, StartGateway, gateways, write_model, write_safetensors
+from helpers_server import MODEL_CONFIG, StartGateway, gateways, write_export, write_model, write_safetensors
 
 from ard_serve import artifact
-from ard_serve.artifact import BaseModelRecord, Manifest, Quality, RecipeRecord, RopeRecord
 from ard_serve.errors import ArdError, ModelError, ResourceError, UsageError
 from server import capacity
 from server.config import ServeConfig
 from server.preflight import check_model, expected_shapes, model_card
-
-
-def write_export(folder: Path, served_limit: int | None = 256, **overrides: object) -> Path:
-    """A model with a manifest that describes it truly."""
-    write_model(folder, **overrides)
-    manifest = Manifest(
-        created_at="2026-01-01T00:00:00Z",
-        ard_serve_version="0",
-        base=BaseModelRecord(name="base", architecture="LlamaForCausalLM", weights_sha256="0" * 64, native_window=128),
-        rope=RopeRecord(rope_type="yarn", factor=4.0, target_length=512, parameters={}),
-        recipe=RecipeRecord(name="default", objectives={"lm": 1.0}, trainable="lora", steps=1, tokens=1, seed=0),
-        quality=Quality(served_limit=served_limit),
-        files=artifact.describe_files(folder),
-        tensors=artifact.describe_tensors(folder),
-    )
-    artifact.write_manifest(folder, manifest)
-    return folder
 
 
 def truncate(folder: Path) -> None:

@@ -1,22 +1,27 @@
 """The gateway with a real vLLM on the CPU: what the scripted engine cannot prove. One engine start for all of it."""
 
+import asyncio
 import json
 import os
 import signal
 import threading
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import openai
 import psutil
 import pytest
-from helpers_server import Gateway, gateways, send, wait_for
+from helpers_server import ENGINE_KEY, Gateway, free_port, gateways, running_engine, send, wait_for
+
+from server.config import ServeConfig
 
 pytestmark = pytest.mark.vllm
 
 WINDOW = 2048
+VLLM: tuple[str, ...] = ServeConfig.model_fields["engine_command"].default
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -57,11 +62,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def gateway(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
-    from server.config import ServeConfig
-
     with gateways(tmp_path_factory.mktemp("gateway")) as start:
-        command = ServeConfig.model_fields["engine_command"].default
-        fields = {"engine_command": command, "engine_args": ["--enforce-eager"], "kv_cache_gib": 0.012, "drain_s": 20}
+        fields = {"engine_command": VLLM, "engine_args": ["--enforce-eager"], "kv_cache_gib": 0.012, "drain_s": 20}
         yield start(
             environment={"OMP_NUM_THREADS": "2"}, model=str(model), **fields, canary_interval_s=1, canary_timeout_s=30,
             start_timeout_s=300, restart_backoff_s=0.1,
@@ -98,6 +100,57 @@ def test_the_openai_client_works_with_every_kind_of_call(client: openai.OpenAI) 
     response = client.responses.create(model="tiny", input="hello", max_output_tokens=4)
     assert response.usage is not None
     assert [entry.id for entry in client.models.list()] == ["tiny"]
+
+
+async def test_the_async_client_streams_tools_and_usage(gateway: Gateway) -> None:
+    """A tool that is asked for by name: a random model keeps to it because the engine constrains what it writes."""
+    side = {"enum": ["left", "right"]}
+    parameters: dict[str, object] = {"type": "object", "properties": {"side": side}, "required": ["side"]}
+    async with openai.AsyncOpenAI(base_url=f"{gateway.url}/v1", api_key="none", max_retries=0) as client:
+        stream = await client.chat.completions.create(
+            model="tiny", messages=[{"role": "user", "content": "turn"}], max_tokens=60, temperature=0, stream=True,
+            tools=[{"type": "function", "function": {"name": "turn", "parameters": parameters}}],
+            tool_choice={"type": "function", "function": {"name": "turn"}}, stream_options={"include_usage": True},
+        )  # fmt: skip
+        chunks = [chunk async for chunk in stream]
+    calls = [
+        call.function for chunk in chunks for choice in chunk.choices for call in choice.delta.tool_calls or () if call.function
+    ]
+    assert calls[0].name == "turn"
+    assert json.loads("".join(call.arguments or "" for call in calls))["side"] in ("left", "right")
+    usage = chunks[-1].usage
+    assert usage is not None
+    assert usage.total_tokens == usage.prompt_tokens + usage.completion_tokens
+
+
+async def test_sixteen_async_requests_at_once_are_all_answered(gateway: Gateway) -> None:
+    async with openai.AsyncOpenAI(base_url=f"{gateway.url}/v1", api_key="none", max_retries=0) as client:
+        ask = partial(client.completions.create, model="tiny", max_tokens=4, extra_body={"ignore_eos": True})
+        answers = await asyncio.gather(*(ask(prompt=f"{number} is") for number in range(16)))
+    assert [answer.usage and answer.usage.completion_tokens for answer in answers] == [4] * 16
+
+
+def test_stop_and_several_prompts(client: openai.OpenAI) -> None:
+    answer = client.completions.create(
+        model="tiny", prompt=["a", "b"], max_tokens=30, temperature=0, extra_body={"ignore_eos": True}
+    )
+    assert len(answer.choices) == 2
+    text = answer.choices[0].text
+    stopped = client.completions.create(model="tiny", prompt="a", max_tokens=30, temperature=0, stop=text[5])
+    assert stopped.choices[0].text == text[: text.index(text[5])]
+
+
+@pytest.mark.slow
+def test_langchain_answers_streams_and_keeps_a_schema(gateway: Gateway) -> None:
+    """A client that people use: `pip install langchain-openai`, 13 packages that nothing else here needs."""
+    langchain_openai = pytest.importorskip("langchain_openai")
+    chat = langchain_openai.ChatOpenAI(
+        model="tiny", base_url=f"{gateway.url}/v1", api_key="none", max_tokens=30, temperature=0, max_retries=0
+    )
+    assert chat.invoke("hello").usage_metadata["output_tokens"] > 0
+    assert len(list(chat.stream("hello", stream_usage=True))) > 1
+    schema = {"title": "turn", "type": "object", "properties": {"side": {"enum": ["left", "right"]}}, "required": ["side"]}
+    assert chat.with_structured_output(schema, method="json_schema").invoke("turn")["side"] in ("left", "right")
 
 
 def test_a_json_schema_is_kept(client: openai.OpenAI) -> None:
@@ -172,6 +225,21 @@ def test_the_ledger_keeps_the_engine_from_preempting(gateway: Gateway) -> None:
         thread.join()
     assert statuses == [200] * count
     assert engine_metric(gateway, "vllm:num_preemptions_total") == 0
+
+
+@pytest.mark.slow
+def test_an_engine_that_already_runs_is_attached_to_and_left_running(model: Path, tmp_path: Path) -> None:
+    port = free_port()
+    flags = ("--model", str(model), "--served-model-name", "tiny", "--enforce-eager", "--kv-cache-memory-bytes", "12000000")
+    with running_engine((*VLLM, *flags), port, tmp_path / "log") as process, gateways(tmp_path) as start:
+        address = {"attach": f"http://127.0.0.1:{port}", "model": str(model), "canary_timeout_s": 30}
+        gateway = start(environment={"ARD_ENGINE_KEY": ENGINE_KEY}, **address).until_ready(300)
+        client = openai.OpenAI(base_url=f"{gateway.url}/v1", api_key="none", max_retries=0)
+        stream = client.completions.create(model="tiny", prompt="x", max_tokens=5, stream=True, extra_body={"ignore_eos": True})
+        assert sum(len(chunk.choices) for chunk in stream) == 5
+        assert gateway.metric("ard_kv_capacity_tokens") > WINDOW
+        assert gateway.stop() == 0
+        assert process.poll() is None
 
 
 @pytest.mark.fault("S4")

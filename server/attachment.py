@@ -1,0 +1,62 @@
+"""An engine that runs elsewhere, on Kubernetes or Ray: watched like one of ours, never started, stopped or restarted."""
+
+import asyncio
+import contextlib
+import logging
+from typing import Any
+
+from ard_serve.errors import UsageError
+from server.config import ServeConfig
+from server.upstream import UpstreamError
+from server.watch import Watch
+
+log = logging.getLogger("server.attachment")
+
+ENGINE_KEY = "ARD_ENGINE_KEY"  # environment, not a flag: other users can read a command line
+_ASK_TIMEOUT_S = 5
+
+
+class Attachment:
+    """Waits for the engine at `--attach`, again after each of its absences."""
+
+    def __init__(self, config: ServeConfig, watch: Watch) -> None:
+        self._config, self.watch = config, watch
+
+    async def run(self) -> None:
+        """Follow the engine until cancelled.
+
+        Raises:
+            UsageError: it wants another key, or serves another model or a shorter window than ours.
+        """
+        while True:
+            self.watch.health.loading(f"waiting for the engine at {self._config.attach}")
+            await self._until_it_answers()
+            problem = await self.watch.run()
+            self.watch.down(problem)
+            log.error("engine at %s: %s", self._config.attach, problem)
+
+    async def stop(self, _grace_s: float) -> None:
+        """Leave the engine alone: it is not ours."""
+
+    async def _until_it_answers(self) -> None:
+        while True:
+            with contextlib.suppress(UpstreamError, TimeoutError):
+                async with asyncio.timeout(_ASK_TIMEOUT_S):
+                    status, answer = await self.watch.upstream.call("GET", "/v1/models")
+                if status in (401, 403):
+                    raise UsageError(f"{self._config.attach} refused the key; put the engine's own into ${ENGINE_KEY}")
+                if status == 200 and isinstance(answer, dict):
+                    return self._check(answer.get("data", []))
+            await asyncio.sleep(self._config.restart_backoff_s)
+
+    def _check(self, models: list[dict[str, Any]]) -> None:
+        windows = {model["id"]: model.get("max_model_len") for model in models}
+        if self._config.model_name not in windows:
+            names = ", ".join(map(repr, windows))
+            raise UsageError(f"{self._config.attach} serves {names}, not {self._config.model_name!r}; use --served-model-name")
+        window = windows[self._config.model_name]
+        if window is not None and window < self.watch.window:
+            raise UsageError(
+                f"{self._config.attach} has a window of {window} tokens, {self.watch.window} were to be served; "
+                f"use --max-model-len {window}"
+            )

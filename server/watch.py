@@ -1,0 +1,155 @@
+"""Knows whether an engine answers: waits until it has loaded, then asks it for a token again and again."""
+
+import asyncio
+import contextlib
+import math
+import time
+
+from server.admission import Admission, Capacity
+from server.config import ServeConfig
+from server.health import Health
+from server.metrics import Metrics, engine_sample
+from server.upstream import Upstream, UpstreamError
+
+_POLL_S = 0.2
+_SCRAPE_TIMEOUT_S = 2
+
+
+class Watch:
+    """Tells `health` and `admission` what it learns of the engine behind `upstream`, whoever started that.
+
+    `lanes` are the tokens of a batch and of a long prompt's share of it; `window` is in tokens.
+    """
+
+    def __init__(
+        self,
+        config: ServeConfig,
+        upstream: Upstream,
+        window: int,
+        lanes: tuple[int, int],
+        health: Health,
+        admission: Admission,
+        metrics: Metrics,
+    ) -> None:
+        self.upstream, self.window = upstream, window
+        self.health, self.admission, self.metrics = health, admission, metrics
+        self.parameters: dict[str, frozenset[str]] = {}
+        self._config, self._lanes = config, lanes
+        self._suspect = asyncio.Event()
+        self._corrupted_requests = 0.0
+        self._finite_canary = True
+        self._last_event_at = time.monotonic()
+
+    def suspect(self) -> None:
+        """A request saw the engine fail: let nobody in until the next canary, and send that now."""
+        self.admission.close()
+        self._suspect.set()
+
+    def heard(self) -> None:
+        """The engine has sent something."""
+        self._last_event_at = time.monotonic()
+
+    def down(self, problem: str) -> None:
+        """Nobody may come in until the engine is there again."""
+        self.health.down(problem)
+        self.admission.close()
+        self.metrics.ready.set(False)
+
+    async def engine_metrics(self) -> str | None:
+        """The engine's own metrics, or None when it does not give them in time."""
+        try:
+            async with asyncio.timeout(_SCRAPE_TIMEOUT_S):
+                status, text = await self.upstream.call("GET", "/metrics")
+        except (TimeoutError, UpstreamError):
+            return None
+        return text if status == 200 and isinstance(text, str) else None
+
+    async def run(self) -> str:
+        """Watch until the engine is hopeless; says what is wrong with it."""
+        if problem := await self._until_loaded():
+            return problem
+        self.heard()
+        while True:
+            problem, is_fatal = await self._canary()
+            if problem is None:
+                self.heard()
+                await self._answered()
+            elif is_fatal:
+                return problem
+            else:
+                self.health.unready(problem)
+                silence_s = time.monotonic() - self._last_event_at
+                if silence_s > self._config.hang_timeout_s:
+                    return f"{problem}, nothing heard for {silence_s:.0f} s"
+            self.metrics.ready.set(self.health.is_ready)
+            self._suspect.clear()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._config.canary_interval_s):
+                    await self._suspect.wait()
+
+    async def _answered(self) -> None:
+        engine_text = await self.engine_metrics() or ""
+        if self._is_corrupt(engine_text):
+            self.health.corrupt("the engine computes non-finite logits")
+        else:
+            self.admission.open(self._measure_capacity(engine_text))
+            self.health.ready()
+
+    async def _until_loaded(self) -> str | None:
+        deadline = time.monotonic() + self._config.start_timeout_s
+        while time.monotonic() < deadline:
+            await asyncio.sleep(_POLL_S)
+            with contextlib.suppress(UpstreamError, TimeoutError):
+                async with asyncio.timeout(self._config.canary_timeout_s):
+                    status, _ = await self.upstream.call("GET", "/health")
+                    if status == 200:
+                        await self._learn_parameters()
+                        return None
+        return f"not loaded within {self._config.start_timeout_s:g} s (--start-timeout-s)"
+
+    async def _learn_parameters(self) -> None:
+        """Names of each request's fields from the engine's own OpenAPI document, so that no version of vLLM is hard-coded."""
+        status, document = await self.upstream.call("GET", "/openapi.json")
+        schemas = document.get("components", {}).get("schemas", {}) if status == 200 and isinstance(document, dict) else {}
+        self.parameters = {name: frozenset(schema.get("properties", ())) for name, schema in schemas.items()}
+
+    async def _canary(self) -> tuple[str | None, bool]:
+        """Ask for one token. What is wrong, if anything, and whether only a restart can help."""
+        payload = {"model": self._config.model_name, "prompt": [1], "max_tokens": 1, "temperature": 0, "logprobs": 1}
+        try:
+            async with asyncio.timeout(self._config.canary_timeout_s):
+                status, answer = await self.upstream.call("POST", "/v1/completions", payload, "canary")
+                if status != 200:
+                    health_status, _ = await self.upstream.call("GET", "/health")
+                    return f"the canary got status {status}", health_status != 200
+        except TimeoutError:
+            return f"no answer to the canary within {self._config.canary_timeout_s:g} s", False
+        except UpstreamError as error:
+            return f"the canary failed ({error})", False
+        self._finite_canary = _has_finite_logprob(answer)
+        return None, False
+
+    def _is_corrupt(self, engine_text: str) -> bool:
+        """Whether the canary, or any request since the last one, met non-finite logits."""
+        total = sum(value for _, value in engine_sample(engine_text, "vllm:corrupted_requests_total"))
+        is_corrupt = total > self._corrupted_requests or not self._finite_canary
+        self._corrupted_requests = total
+        self.metrics.non_finite.set(is_corrupt)
+        return is_corrupt
+
+    def _measure_capacity(self, engine_text: str) -> Capacity:
+        """The KV cache by the engine's own metrics; where it does not say, room for one window."""
+        batch_tokens, long_tokens = self._lanes
+        samples = engine_sample(engine_text, "vllm:cache_config_info")
+        blocks = sum(int(labels["num_gpu_blocks"]) for labels, _ in samples if labels.get("num_gpu_blocks", "").isdigit())
+        block_tokens = int(samples[0][0]["block_size"]) if blocks else 16
+        kv_tokens = (blocks - len(samples)) * block_tokens if blocks else self.window  # one block of each is vLLM's own
+        self.metrics.capacity.set(kv_tokens)
+        return Capacity(kv_tokens, block_tokens, long_tokens, max(1, batch_tokens // long_tokens - 1))
+
+
+def _has_finite_logprob(answer: object) -> bool:
+    try:
+        return math.isfinite(answer["choices"][0]["logprobs"]["token_logprobs"][0])  # type: ignore[index]
+    except (KeyError, IndexError, TypeError):
+        return False

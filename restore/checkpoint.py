@@ -28,10 +28,11 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class RunState:
-    """Where a run stands: `step` optimizer steps are done; the best weights so far and their validation loss."""
+    """Where a run stands: `step` optimizer steps are done; the validation loss before the first and of the best weights."""
 
     step: int
     tokens: int
+    first_loss: float
     best_step: int
     best_loss: float
     fingerprint: dict[str, Any]

@@ -30,7 +30,7 @@ _FEW, _MORE = 2, 3
 # Longer windows are extrapolated from this many tokens and half of them; by then a layer's work outweighs a chunk of logits.
 _LONGEST_MEASURED = 32_768
 # Adapter, gradient, two moments of AdamW and the best weights so far, in fp32.
-_BYTES_PER_TRAINED = 20
+BYTES_PER_TRAINED = 20
 # Below these, a run would teach nothing worth having.
 _SHORTEST_WINDOW, _LOWEST_RANK = 512, 8
 
@@ -87,17 +87,17 @@ def _measure(base: Mapping[str, Any], rope: RopePlan, config: RestoreConfig, lay
         weights = sum(weight.untyped_storage().nbytes() for weight in model.parameters() if not weight.requires_grad)
         losses = Losses(faces, config.weights)
 
-        def peak_bytes(loss: Callable[[Tensor], Any], length: int) -> int:
+        def peak_bytes(loss: Callable[[Tensor], Any], length: int, rows: int = 1) -> int:
             if length > _LONGEST_MEASURED:
-                half, whole = peak_bytes(loss, _LONGEST_MEASURED // 2), peak_bytes(loss, _LONGEST_MEASURED)
+                half, whole = peak_bytes(loss, _LONGEST_MEASURED // 2, rows), peak_bytes(loss, _LONGEST_MEASURED, rows)
                 return whole + (whole - half) * (length - _LONGEST_MEASURED) // (_LONGEST_MEASURED // 2)
             with _Peak(model) as peak, torch.autocast("cpu", dtype=torch.bfloat16, enabled=config.dtype == "bf16"):
-                torch.autograd.backward(loss(torch.zeros(1, length, dtype=torch.long))[0])
+                torch.autograd.backward(loss(torch.zeros(rows, length, dtype=torch.long))[0])
             return int(peak.bytes)
 
-        distilling = peak_bytes(losses.distil, plan.window) if plan.short_windows else 0
+        distilling = peak_bytes(losses.distil, plan.window, plan.windows_at_once) if plan.short_windows else 0
         reading = peak_bytes(losses.language_model, plan.long_window) if plan.long_windows else 0
-    return weights, _BYTES_PER_TRAINED * trained, distilling, reading
+    return weights, BYTES_PER_TRAINED * trained, distilling, reading
 
 
 def _materialise(faces: TwoFaced) -> None:

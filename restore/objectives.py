@@ -77,6 +77,10 @@ class Losses:
         self._faces, self._weights = faces, weights
         self._relations = {name: loss for name, loss in _RELATION_OBJECTIVES.items() if name in weights}
 
+    @property
+    def compares_relations(self) -> bool:
+        return bool(self._relations)
+
     def distil(
         self, ids_BT: Tensor, student_positions_BT: Tensor | None = None
     ) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:

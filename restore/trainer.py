@@ -6,6 +6,7 @@ import math
 import resource
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,10 +23,14 @@ from restore.data import TokenStream, Windows, evenly_spaced
 from restore.metrics import MetricsLog
 from restore.model import TwoFaced
 from restore.objectives import Losses
+from restore.parallel import ALONE, World
 from restore.rope import RopePlan
+from restore.runfolder import CHECKPOINTS
 
 # A default long window of four native ones: the cost of its attention still compares with the distillation's.
 _LONG_WINDOW_FACTOR = 4
+# A validation loss this many times that of the untrained student is no fluctuation.
+_DIVERGED = 2.0
 _log = logging.getLogger(__name__)
 
 
@@ -42,6 +47,16 @@ class Plan:
     @property
     def step_tokens(self) -> int:
         return self.window * self.short_windows + self.long_window * self.long_windows
+
+    @property
+    def windows_at_once(self) -> int:
+        """Distillation windows of one pass: as many as take the memory that a long window takes anyway.
+
+        A distillation keeps two hidden states a layer, of teacher and student. A small model in short windows spends most of
+        its time between kernels; fewer, larger passes spare that.
+        """
+        fit = self.long_window // (2 * self.window) if self.long_windows else 1
+        return max(1, min(fit, self.short_windows))
 
 
 def plan_steps(config: RestoreConfig, rope: RopePlan) -> Plan:
@@ -83,11 +98,18 @@ class Trainer:
     """One run over one model."""
 
     def __init__(
-        self, faces: TwoFaced, config: RestoreConfig, rope: RopePlan, train: TokenStream, validation: TokenStream, folder: Path
+        self,
+        faces: TwoFaced,
+        config: RestoreConfig,
+        rope: RopePlan,
+        train: TokenStream,
+        validation: TokenStream,
+        folder: Path,
+        world: World = ALONE,
     ) -> None:
-        """`folder` receives metrics.jsonl, tensorboard/ and checkpoints/."""
+        """`folder` receives metrics.jsonl, tensorboard/ and checkpoints/, from the process that leads `world`."""
         self.plan = plan_steps(config, rope)
-        self._faces, self._config, self._folder = faces, config, folder
+        self._faces, self._config, self._folder, self._world = faces, config, folder, world
         self._losses = Losses(faces, config.weights)
         self._short = Windows(train, self.plan.window, config.seed) if self.plan.short_windows else None
         self._long = Windows(train, self.plan.long_window, config.seed) if self.plan.long_windows else None
@@ -97,8 +119,8 @@ class Trainer:
             self._parameters.values(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
         )
         self._device = faces.model.device
-        self._fingerprint = _fingerprint(config, train, validation)
-        self._state = RunState(0, 0, best_step=-1, best_loss=math.inf, fingerprint=self._fingerprint)
+        self._fingerprint = _fingerprint(config, train, validation) | {"processes": world.size}
+        self._state = RunState(0, 0, math.inf, best_step=-1, best_loss=math.inf, fingerprint=self._fingerprint)
         self._best: dict[str, Tensor] = {}
 
     @property
@@ -115,30 +137,49 @@ class Trainer:
             The state at the end; `state.step < plan.steps` when the run was stopped.
 
         Raises:
-            NumericsError: a loss or gradient is not finite; the weights were not changed by that step.
+            NumericsError: a loss or gradient is not finite, and the weights were not changed by that step; or the run
+                diverged, and its best weights are in the last checkpoint.
             ResourceError: a checkpoint cannot be written.
         """
         if self._config.resume:
             self._resume()
-        with MetricsLog(self._folder, self._state.step) as metrics, progress("restore", self.plan.steps) as bar:
+        log = MetricsLog(self._folder, self._state.step) if self._world.leads else nullcontext()
+        with log as metrics, progress("restore", self.plan.steps) as bar:
             bar.advance(self._state.step)
             if self._state.best_step < 0:
-                metrics.write({"step": 0, "tokens": 0, "validation": self._validate()})
+                before = {"step": 0, "tokens": 0, "validation": self._validate()}
+                if metrics:
+                    metrics.write(before)
             while self._state.step < self.plan.steps:
                 row = self._step()
                 done = self._state.step
                 if done % self._config.validation_every == 0 or done == self.plan.steps:
                     row["validation"] = self._validate()
-                metrics.write(row)
+                if metrics:
+                    metrics.write(row)
                 _advance(bar, row)
-                stop = should_stop()
+                stop = self._world.any(should_stop(), self._device)
                 if stop or done % self._config.checkpoint_every == 0 or done == self.plan.steps:
                     self._save()
                 if stop:
                     return self._state
+                self._refuse_divergence(row)
         self._faces.adapters.load_state(self._best)
         _log.info("best weights: step %d, validation loss %.4f", self._state.best_step, self._state.best_loss)
         return self._state
+
+    def _refuse_divergence(self, row: dict[str, Any]) -> None:
+        """End a run that has made the model much worse, or that ends without having made it better."""
+        state, first = self._state, self._state.first_loss
+        loss = row.get("validation", {}).get("loss", 0.0)
+        in_vain = state.step == self.plan.steps and state.best_step == 0
+        if loss > _DIVERGED * first or in_vain:
+            self._save()
+            raise NumericsError(
+                f"step {state.step}: validation loss {loss:.4g}, {first:.4g} before training: the run "
+                f"{'made nothing better' if in_vain else 'diverged'}. The best weights, of step {state.best_step}, are in "
+                f"{self._folder / CHECKPOINTS}; try a lower --learning-rate than {self._config.learning_rate}"
+            )
 
     def _step(self) -> dict[str, Any]:
         started = time.monotonic()
@@ -170,25 +211,38 @@ class Trainer:
 
     def _accumulate(self, number: int) -> tuple[dict[str, float], list[float]]:
         """Backward through every window of step `number`; mean of each objective and of each layer's relation KL."""
-        sums: dict[str, Tensor] = {}
-        layer_kl: Tensor | None = None
-        for window in self._windows(self._short, self.plan.short_windows, number):
+        plan, world = self.plan, self._world
+        sums, layer_kl = self._zeros()
+        mine = world.share([plan.long_window] * plan.long_windows + [plan.window] * plan.short_windows)
+        short = [window for window in mine if window >= plan.long_windows]
+        for at in range(0, len(short), plan.windows_at_once):
+            chosen = [window - plan.long_windows for window in short[at : at + plan.windows_at_once]]
+            ids_BT = torch.cat([self._window(self._short, number * plan.short_windows + window) for window in chosen])
+            share = len(chosen) / plan.short_windows
             with self._autocast():
-                loss, parts, layers = self._losses.distil(window)
-            torch.autograd.backward(loss / self.plan.short_windows)
-            _add(sums, parts, self.plan.short_windows)
+                loss, parts, layers = self._losses.distil(ids_BT)
+            torch.autograd.backward(loss * share)
+            _add(sums, parts, share)
             if layers is not None:
-                layer_kl = layers if layer_kl is None else layer_kl + layers
-        for window in self._windows(self._long, self.plan.long_windows, number):
+                layer_kl += layers * share
+        for window in mine[: len(mine) - len(short)]:
             with self._autocast():
-                loss, parts = self._losses.language_model(window)
-            torch.autograd.backward(loss / self.plan.long_windows)
-            _add(sums, parts, self.plan.long_windows)
-        kl = [] if layer_kl is None else (layer_kl / self.plan.short_windows).tolist()
-        return {name: float(value) for name, value in sums.items()}, kl
+                loss, parts = self._losses.language_model(self._window(self._long, number * plan.long_windows + window))
+            torch.autograd.backward(loss / plan.long_windows)
+            _add(sums, parts, 1 / plan.long_windows)
+        world.add_up_gradients(self._parameters.values())
+        world.add_up([*sums.values(), layer_kl])
+        return {name: float(value) for name, value in sums.items()}, layer_kl.tolist()
 
-    def _windows(self, windows: Windows | None, count: int, number: int) -> list[Tensor]:
-        return [] if windows is None else [windows[number * count + i].to(self._device) for i in range(count)]
+    def _zeros(self) -> tuple[dict[str, Tensor], Tensor]:
+        """A sum for every objective in use, and one for every layer where relations are compared."""
+        used = [name for name in self._config.weights if (self._long if name == "lm" else self._short)]
+        layers = len(self._faces.layers) if self._short and self._losses.compares_relations else 0
+        return {name: torch.zeros((), device=self._device) for name in used}, torch.zeros(layers, device=self._device)
+
+    def _window(self, windows: Windows | None, number: int) -> Tensor:
+        assert windows is not None, "a plan with windows of a kind has a stream of them"
+        return windows[number].to(self._device)
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=self._config.dtype == "bf16")
@@ -207,43 +261,47 @@ class Trainer:
     @torch.no_grad()
     def _validate(self) -> dict[str, Any]:
         """Objectives on the held-out windows; keeps the weights when they are the best so far."""
-        sums: dict[str, Tensor] = {}
-        layer_kl: list[Tensor] = []
+        sums, layer_kl = self._zeros()
         short, long = self._validation
+        mine = self._world.share([len(window[0]) for window in (*short, *long)])
         with self._autocast():
-            for window in short:
-                _, parts, layers = self._losses.distil(window.to(self._device))
-                _add(sums, parts, len(short))
-                if layers is not None:
-                    layer_kl.append(layers)
-            for window in long:
-                _add(sums, self._losses.language_model(window.to(self._device))[1], len(long))
+            for at in mine:
+                if at < len(short):
+                    _, parts, layers = self._losses.distil(short[at].to(self._device))
+                    if layers is not None:
+                        layer_kl += layers / len(short)
+                else:
+                    parts = self._losses.language_model(long[at - len(short)].to(self._device))[1]
+                _add(sums, parts, 1 / len(short if at < len(short) else long))
+        self._world.add_up([*sums.values(), layer_kl])
         values = {name: float(value) for name, value in sums.items()}
         loss = sum(self._config.weights[name] * value for name, value in values.items())
         if not math.isfinite(loss):
             where = f"validation after step {self._state.step}"
             raise NumericsError(f"{where}: loss {loss}; try --dtype fp32 or a lower --learning-rate")
+        if self._state.best_step < 0:
+            self._state = replace(self._state, first_loss=loss)
         if loss < self._state.best_loss:
             self._best = {name: parameter.detach().clone() for name, parameter in self._parameters.items()}
             self._state = replace(self._state, best_step=self._state.step, best_loss=loss)
-        kl = torch.stack(layer_kl).mean(0).tolist() if layer_kl else []
-        return {"loss": loss, **values, "layer_kl": kl}
+        return {"loss": loss, **values, "layer_kl": layer_kl.tolist()}
 
     def _save(self) -> None:
-        checkpoint.save(self._folder / "checkpoints", self._state, self._parameters, self._best, self._optimizer)
+        if self._world.leads:
+            checkpoint.save(self._folder / CHECKPOINTS, self._state, self._parameters, self._best, self._optimizer)
 
     def _resume(self) -> None:
-        found = checkpoint.load_newest(self._folder / "checkpoints")
+        found = checkpoint.load_newest(self._folder / CHECKPOINTS)
         if found is None:
             _log.info("%s: no checkpoint to resume from, starting at step 0", self._folder)
             return
         state, tensors = found
         if different := sorted(key for key in self._fingerprint if state.fingerprint.get(key) != self._fingerprint[key]):
             key = different[0]
-            raise UsageError(
-                f"resume: {key} is {self._fingerprint[key]!r}, the checkpoint was made with {state.fingerprint.get(key)!r}; "
-                "give the same settings, or start again in another --out"
-            )
+            told = f"resume: {key} is {self._fingerprint[key]!r}, the checkpoint was made with {state.fingerprint.get(key)!r}"
+            if not self._config.resume_changed:
+                raise UsageError(f"{told}; give the same settings, add --resume-changed, or start again in another --out")
+            _log.warning("%s: the rest of the run differs from what it would have been", told)
         self._faces.adapters.load_state(checkpoint.group(tensors, "adapter"))
         self._best = {name: value.to(self._device) for name, value in checkpoint.group(tensors, "best").items()}
         checkpoint.restore_optimizer(tensors, self._parameters, self._optimizer)
@@ -253,8 +311,9 @@ class Trainer:
     def _save_bad_batch(self, number: int, loss: float, norm: float) -> str:
         """Keep the windows that broke the step, and say so in one line."""
         path = self._folder / f"bad-batch-step-{number + 1}.json"
-        windows = self._windows(self._short, self.plan.short_windows, number)
-        windows += self._windows(self._long, self.plan.long_windows, number)
+        plan = self.plan
+        windows = [self._window(self._short, number * plan.short_windows + i) for i in range(plan.short_windows)]
+        windows += [self._window(self._long, number * plan.long_windows + i) for i in range(plan.long_windows)]
         path.write_text(json.dumps([window[0].tolist() for window in windows]), encoding="utf-8")
         return (
             f"step {number + 1}: loss {loss}, gradient norm {norm}; the weights were not changed. "
@@ -264,14 +323,14 @@ class Trainer:
 
 def _fingerprint(config: RestoreConfig, train: TokenStream, validation: TokenStream) -> dict[str, Any]:
     """What must be equal for a resumed run to be the run it goes on with."""
-    free = {"out", "resume", "evaluate", "checkpoint_every", "device", "data", "model"}
+    free = {"out", "resume", "resume_changed", "evaluate", "evaluation", "gate", "checkpoint_every", "device", "data", "model"}
     settings: dict[str, Any] = config.model_dump(mode="json", exclude=free)
     return settings | {"train data": train.sha256, "validation data": validation.sha256, "threads": torch.get_num_threads()}
 
 
-def _add(sums: dict[str, Tensor], parts: dict[Any, Tensor], count: int) -> None:
+def _add(sums: dict[str, Tensor], parts: dict[Any, Tensor], share: float) -> None:
     for name, value in parts.items():
-        sums[name] = sums.get(name, torch.zeros((), device=value.device)) + value.detach() / count
+        sums[name] += value.detach() * share
 
 
 def _advance(bar: Bar, row: dict[str, Any]) -> None:

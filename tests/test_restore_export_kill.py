@@ -1,24 +1,19 @@
 """An export that is killed, or whose disk fails, at any moment: the old one or the new one is there, whole."""
 
-import contextlib
-import os
 import shutil
 import signal
-import subprocess
-import sys
-import textwrap
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from helpers_forks import Forks
 
 from ard_serve import artifact
 
 MakeCheckpoint = Callable[..., Path]
 
-# One process imports torch, then forks a child for each moment at which an export is killed; a child is a whole export.
-FORKS = """
+EXPORT = """
     import os, signal, sys
     from pathlib import Path
     import torch
@@ -36,6 +31,7 @@ FORKS = """
 
     @torch.no_grad()
     def run(value, out):
+        value, out = float(value), Path(out)
         def delta(name):
             return torch.full(base.tensors[name].shape, value) if "q_proj.weight" in name else None
         model = load(base.folder, torch.float32, config=plan.target_config(base.config))
@@ -45,76 +41,12 @@ FORKS = """
         os.kill(os.getpid(), signal.SIGSTOP)
         export(base, plan, delta, out, Provenance(str(value), recipe), reference=reference,
                assess=lambda folder: Assessment("card"), compare_vllm=False)
-
-    print("ready", flush=True)
-    for line in sys.stdin:
-        value, out = line.split()
-        child = os.fork()
-        if child == 0:
-            try:
-                run(float(value), Path(out))
-            except BaseException as error:
-                print(repr(error), file=sys.stderr, flush=True)
-                os._exit(getattr(error, "exit_code", 1))
-            os._exit(0)
-        os.waitpid(child, os.WUNTRACED)
-        print(child, flush=True)
-        _, status = os.waitpid(child, 0)
-        print(os.waitstatus_to_exitcode(status), flush=True)
 """
-
-
-class Forks:
-    """Exports that forked children make; each is stopped before it begins to write, until `go`."""
-
-    def __init__(self, base: Path) -> None:
-        command = [sys.executable, "-c", textwrap.dedent(FORKS), str(base)]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        assert self._read() == "ready"
-
-    def start(self, value: float, out: Path) -> int:
-        """Fork an export of base + value and return its pid."""
-        assert self.process.stdin is not None
-        self.process.stdin.write(f"{value} {out}\n")
-        self.process.stdin.flush()
-        return int(self._read())
-
-    def finish(self, pid: int, fault: str | None = None, path: Path | None = None) -> int:
-        """Let the export go on, under a fault of strace's (at `path` alone); returns its exit code, negative for a signal."""
-        if fault is None:
-            os.kill(pid, signal.SIGCONT)
-            return int(self._read())
-        where = ["-P", str(path)] if path else []
-        command = ["strace", "-f", "-o", "/dev/null", "-p", str(pid), *where, f"--inject={fault}"]
-        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as tracer:
-            assert tracer.stderr is not None
-            assert "attached" in tracer.stderr.readline()
-            os.kill(pid, signal.SIGCONT)
-            code = int(self._read())
-            tracer.communicate(timeout=30)
-        return code
-
-    def kill_after(self, pid: int, seconds: float) -> int:
-        """Let the export go on and kill it after so long."""
-        os.kill(pid, signal.SIGCONT)
-        time.sleep(seconds)
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-        return int(self._read())
-
-    def close(self) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait(30)
-
-    def _read(self) -> str:
-        assert self.process.stdout is not None
-        return self.process.stdout.readline().strip()
 
 
 @pytest.fixture(scope="module")
 def forks(make_checkpoint: MakeCheckpoint) -> Iterator[Forks]:
-    server = Forks(make_checkpoint("llama3", "60KB"))
+    server = Forks(EXPORT, str(make_checkpoint("llama3", "60KB")))
     yield server
     server.close()
 

@@ -1,5 +1,8 @@
 """The memory forecast: what the allocator of a real step reports, for every family, and a refusal that names what would fit."""
 
+import subprocess
+import sys
+import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +26,18 @@ SHAPE = {"hidden_size": 128, "intermediate_size": 384, "num_attention_heads": 4,
 LAYERS = 6
 
 
+# Leaves 300 MB of address space to a run whose logits alone need more; the forecast sees only what the machine has.
+STARVED = """
+    import resource, sys
+    from pathlib import Path
+    import restore.job
+    from ard_serve.cli import main
+    (used,) = [int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if "VmSize" in line]
+    resource.setrlimit(resource.RLIMIT_AS, (used * 1024 + 300_000_000,) * 2)
+    sys.exit(main(sys.argv[1:]))
+"""
+
+
 def planned(base: dict[str, Any], **fields: Any) -> tuple[RestoreConfig, RopePlan]:
     config = RestoreConfig.model_validate({"model": "m", "target_length": 1024, "data": ("d",), "out": "o", "rank": 8} | fields)
     return config, plan_rope(base, config.target_length, config.rope_type)
@@ -36,7 +51,7 @@ def test_a_real_step_takes_what_was_forecast(
     monkeypatch.setattr(chunked, "TILE_ELEMENTS", 1 << 13)
     folder = make_checkpoint("llama3", num_hidden_layers=LAYERS, max_position_embeddings=512, **SHAPE)
     base = read_config(folder)
-    config, rope = planned(base, recipe=recipe, dtype=dtype, batch_tokens=1024)
+    config, rope = planned(base, recipe=recipe, dtype=dtype, batch_tokens=2048, window=256)
     expected = forecast(base, rope, config)
 
     faces = TwoFaced(load(folder, torch.bfloat16 if dtype == "bf16" else torch.float32), rope, config)
@@ -47,7 +62,7 @@ def test_a_real_step_takes_what_was_forecast(
     autocast = torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == "bf16")
     with torch.profiler.profile(profile_memory=True) as profile, autocast:
         if plan.short_windows:
-            torch.autograd.backward(losses.distil(torch.ones(1, plan.window, dtype=torch.long))[0])
+            torch.autograd.backward(losses.distil(torch.ones(plan.windows_at_once, plan.window, dtype=torch.long))[0])
         if plan.long_windows:
             torch.autograd.backward(losses.language_model(torch.ones(1, plan.long_window, dtype=torch.long))[0])
     weights = [weight for weight in faces.model.parameters() if not weight.requires_grad]
@@ -92,3 +107,29 @@ def test_a_run_that_cannot_fit_is_refused_before_it_starts(
     assert "cpu: this run needs about" in said
     assert "GB are free; --window 128 --long-window " in said
     assert not (tmp_path / "out" / "metrics.jsonl").exists()
+
+
+def test_an_estimate_needs_a_config_alone(
+    make_checkpoint: MakeCheckpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = make_checkpoint("llama3", num_hidden_layers=3)
+    (tmp_path / "config.json").write_bytes((model / "config.json").read_bytes())
+    assert main(["restore", str(tmp_path), "--target-length", "512", "--estimate"]) == 0
+    said = capsys.readouterr().out
+    config, rope = planned(read_config(model), target_length=512, rank=128)
+    assert f"{forecast(read_config(model), rope, config).peak_bytes / 2**30:,.2f}" in said
+    assert "128 to 512 tokens" in said
+
+
+@pytest.mark.fault("R19")
+def test_out_of_memory_in_a_step_is_one_line_with_sizes(make_checkpoint: MakeCheckpoint, texts: Path, tmp_path: Path) -> None:
+    model = make_checkpoint("llama3", vocab_size=200_000, max_position_embeddings=1024)
+    words = ["restore", str(model), "--data", str(texts), "--out", str(tmp_path / "out"), "--device", "cpu", "--rank", "4"]
+    words += ["--target-length", "2048", "--long-window", "1024", "--validation-share", "0.3"]
+    run = subprocess.run([sys.executable, "-c", textwrap.dedent(STARVED), *words], capture_output=True, text=True, check=False)
+    said = run.stderr.splitlines()[-1]
+    assert run.returncode == 5, said
+    assert "out of memory" in said
+    assert said.endswith(
+        "with windows of 1024 and 1024 tokens and rank 4; about half is needed with --window 512 --long-window 512"
+    )

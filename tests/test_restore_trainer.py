@@ -111,21 +111,24 @@ def test_gradients_are_clipped_once_to_the_norm_of_the_whole_step(make_trainer: 
     assert float(total) == pytest.approx(1e-3, rel=1e-3)
 
 
-def test_accumulated_windows_give_the_mean_gradient(make_trainer: Callable[..., Trainer]) -> None:
-    """Two windows in a step pull as the mean of each alone does."""
+@pytest.mark.parametrize("at_once", [1, 2])
+def test_accumulated_windows_give_the_mean_gradient(make_trainer: Callable[..., Trainer], at_once: int) -> None:
+    """Three windows in a step, in passes of one or of two, pull as the mean of each alone does."""
 
-    def gradient(trainer: Trainer, window: torch.Tensor, share: float) -> list[torch.Tensor]:
-        loss, _, _ = trainer._losses.distil(window)
+    def gradient(loss: torch.Tensor, share: float) -> list[torch.Tensor]:
         return [g * share for g in torch.autograd.grad(loss, list(trainer._parameters.values()))]
 
-    trainer = make_trainer(recipe="distill", batch_tokens=128, max_grad_norm=1e9)
-    assert trainer.plan.short_windows == 2
+    trainer = make_trainer(batch_tokens=32 * (3 + 2 * at_once), window=32, long_window=64 * at_once, max_grad_norm=1e9,
+                           long_share=2 * at_once / (3 + 2 * at_once))  # fmt: skip
+    assert (trainer.plan.short_windows, trainer.plan.windows_at_once, trainer.plan.long_windows) == (3, at_once, 1)
     assert trainer._short is not None
-    apart = [gradient(trainer, trainer._short[index], 0.5) for index in (0, 1)]
+    assert trainer._long is not None
+    apart = [gradient(trainer._losses.distil(trainer._short[index])[0], 1 / 3) for index in range(3)]
+    apart.append(gradient(trainer._losses.language_model(trainer._long[0])[0], 1))
     trainer._accumulate(0)
-    for parameter, one, two in zip(trainer._parameters.values(), *apart, strict=True):
+    for parameter, *parts in zip(trainer._parameters.values(), *apart, strict=True):
         assert parameter.grad is not None
-        torch.testing.assert_close(parameter.grad, one + two)
+        torch.testing.assert_close(parameter.grad, sum(parts))
 
 
 @pytest.mark.fault("R14")
@@ -171,6 +174,15 @@ def test_resuming_with_other_settings_is_refused_with_the_difference(make_traine
         make_trainer("run", resume=True, learning_rate=0.02).train()
 
 
+def test_resuming_with_other_settings_goes_on_when_told_to(
+    make_trainer: Callable[..., Trainer], caplog: pytest.LogCaptureFixture
+) -> None:
+    make_trainer("run", steps=4).train()
+    state = make_trainer("run", steps=6, resume=True, resume_changed=True).train()
+    assert state.step == 6
+    assert "resume: steps is 6, the checkpoint was made with 4" in caplog.text
+
+
 @pytest.mark.fault("R17")
 def test_a_non_finite_loss_changes_no_weight_and_keeps_the_batch(make_trainer: Callable[..., Trainer], tmp_path: Path) -> None:
     trainer = make_trainer()
@@ -189,11 +201,17 @@ def test_a_non_finite_loss_changes_no_weight_and_keeps_the_batch(make_trainer: C
 
 
 @pytest.mark.fault("R18")
-def test_the_best_weights_are_kept_when_a_run_diverges(make_trainer: Callable[..., Trainer]) -> None:
-    trainer = make_trainer(learning_rate=3.0, steps=8, validation_every=1)
-    state = trainer.train()
-    assert state.best_step == 0, "nothing such a rate reaches is better than the start"
-    assert all(not value.any() for name, value in weights_of(trainer).items() if name.endswith("lora_B"))
+@pytest.mark.parametrize(("rate", "says"), [(3.0, "the run diverged"), (1e-12, "the run made nothing better")])
+def test_a_run_that_diverges_or_teaches_nothing_ends_with_its_best_weights_kept(
+    make_trainer: Callable[..., Trainer], tmp_path: Path, rate: float, says: str
+) -> None:
+    with pytest.raises(NumericsError, match=rf"step \d: validation loss .*{says}.*step 0.*--learning-rate") as refusal:
+        make_trainer(learning_rate=rate, steps=8, validation_every=1).train()
+    assert refusal.value.exit_code == 6
+    found = checkpoint.load_newest(tmp_path / "run" / "checkpoints")
+    assert found is not None
+    best = checkpoint.group(found[1], "best")
+    assert all(not value.any() for name, value in best.items() if name.endswith("lora_B"))
 
 
 @pytest.mark.fault("R12")

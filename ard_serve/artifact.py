@@ -88,7 +88,7 @@ class Quality(_Record):
     native: Scores | None = None
     stretched: Scores | None = None
     restored: Scores | None = None
-    served_limit: int | None = Field(None, description="longest measured length whose perplexity meets the limit")
+    served_limit: int | None = Field(None, description="longest measured length up to which every limit is met")
 
 
 class Manifest(_Record):

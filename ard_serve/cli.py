@@ -35,15 +35,22 @@ class _Parser(argparse.ArgumentParser):
         raise UsageError(f"{message}; see '{self.prog} --help'")
 
 
-def _restore(parser: argparse.ArgumentParser, _words: Sequence[str]) -> Job:
+def _restore(parser: argparse.ArgumentParser, words: Sequence[str]) -> Job:
     from restore.config import RestoreConfig
 
+    parser.add_argument(
+        "--estimate", action="store_true", help="say what the run would take, without data and weights, and end"
+    )
+
     def run(config: RestoreConfig) -> int:
-        from restore import job
+        from restore import estimate, job
 
-        return job.run(config)
+        return estimate.run(config) if "--estimate" in words else job.run(config)
 
-    return _settings(parser, RestoreConfig, run, positional=("model",), left_out=("objectives", "evaluation"))
+    job = _settings(parser, RestoreConfig, run, positional=("model",), left_out=("objectives", "evaluation", "gate"))
+    if "--estimate" in words:
+        parser.set_defaults(data=("-",), out=Path("-"))
+    return job
 
 
 def _eval(parser: argparse.ArgumentParser, _words: Sequence[str]) -> Job:
@@ -62,6 +69,11 @@ def _eval(parser: argparse.ArgumentParser, _words: Sequence[str]) -> Job:
         default=True,
         help="measure the base with the export's RoPE, untouched",
     )
+    parser.add_argument(
+        "--server",
+        metavar="URL",
+        help="measure what this server of the model (vLLM, `ard serve`) answers; beside it only what --base and --against name",
+    )
     _config_file(parser)
     add_flags(parser, EvalConfig, *EvalConfig.model_fields)
 
@@ -71,7 +83,8 @@ def _eval(parser: argparse.ArgumentParser, _words: Sequence[str]) -> Job:
             raise UsageError("--data is required: held-out text to measure on")
         from restore import evaluate
 
-        return evaluate.run(given.model, config, given.out, against=given.against, base=given.base, stretched=given.stretched)
+        others = {"against": given.against, "base": given.base, "stretched": given.stretched}
+        return evaluate.run(given.model, config, given.out, **others, server=given.server)
 
     return run
 
@@ -83,10 +96,12 @@ def _export(parser: argparse.ArgumentParser, _words: Sequence[str]) -> Job:
         "--evaluation", type=Path, metavar="FILE", help="evaluation.json of this model, for its card and manifest"
     )
 
+    parser.add_argument("--force", action="store_true", help="publish a model that misses its limits, and say so in its card")
+
     def run(given: argparse.Namespace) -> int:
         from restore import job
 
-        return job.export_run(given.run, given.out, given.evaluation)
+        return job.export_run(given.run, given.out, given.evaluation, given.force)
 
     return run
 
@@ -140,11 +155,14 @@ def _loadtest(parser: argparse.ArgumentParser, words: Sequence[str]) -> Job:
 def _doctor(parser: argparse.ArgumentParser, _words: Sequence[str]) -> Job:
     parser.add_argument("folder", type=Path, help="a checkpoint folder: any model with a config.json")
     parser.add_argument("--fix", action="store_true", help="rewrite config.json; the old one is kept beside it")
+    parser.add_argument(
+        "--target-length", type=int, metavar="TOKENS", help="what the model was stretched to, where no manifest says so"
+    )
 
     def run(given: argparse.Namespace) -> int:
         from restore import doctor
 
-        return doctor.run(given.folder, given.fix)
+        return doctor.run(given.folder, given.fix, given.target_length)
 
     return run
 

@@ -80,7 +80,8 @@ def track(items: Sequence[T], description: str) -> Iterator[T]:
 
 def print_table(title: str, header: Sequence[str], rows: Iterable[Sequence[object]], text_columns: int = 1) -> None:
     """Print one table on stdout; the first `text_columns` columns are text, the others are numbers aligned right."""
-    table = Table(title=title, title_justify="left")
+    out.print(title, style="italic", highlight=False, soft_wrap=True)  # a table's own title is broken to its width
+    table = Table()
     for index, name in enumerate(header):
         table.add_column(name, justify="left" if index < text_columns else "right")
     for row in rows:

@@ -3,6 +3,7 @@
 import argparse
 import json
 import tomllib
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Self, get_origin
 
@@ -62,15 +63,21 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def explain(error: ValidationError, model: type[BaseModel]) -> str:
-    """Say the first validation problem in one line: field, value, limit and, for an unknown key, the known ones."""
+    """Say the first validation problem in one line: field, value, limit; every missing field; or the nearest known ones."""
     first = error.errors()[0]
-    name = ".".join(str(part) for part in first["loc"]) or "settings"
+    name = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
-        return f"unknown field '{name}'; known fields: {', '.join(sorted(model.model_fields))}"
+        near = get_close_matches(name, model.model_fields, n=1)
+        return f"unknown field '{name}'; " + (
+            f"did you mean '{near[0]}'?" if near else f"known fields: {', '.join(sorted(model.model_fields))}"
+        )
     if first["type"] == "missing":
-        return f"'{name}' is required"
+        missing = [str(problem["loc"][-1]) for problem in error.errors() if problem["type"] == "missing"]
+        return f"required, as a flag or in --config: {', '.join(missing)}"
     message = first["msg"].removeprefix("Value error, ")
-    return f"{name} = {first['input']!r}: {message[0].lower()}{message[1:]}"
+    message = f"{message[0].lower()}{message[1:]}"
+    # A rule over several fields names them itself.
+    return f"{name} = {first['input']!r}: {message}" if name else message
 
 
 def add_flags(parser: argparse.ArgumentParser, model: type[Settings], *names: str) -> None:

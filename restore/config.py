@@ -6,7 +6,7 @@ from typing import Literal, Self
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from ard_serve.settings import Settings
-from restore.evaluation.config import EvalConfig
+from restore.evaluation.config import EvalConfig, GateConfig
 from restore.rope import RopeType
 
 Objective = Literal["self_relation", "attention", "logits", "lm"]
@@ -65,11 +65,17 @@ class RestoreConfig(Settings):
     validation_every: PositiveInt = Field(10, description="steps between validations")
     checkpoint_every: PositiveInt = Field(10, description="steps between checkpoints")
     resume: bool = Field(False, description="go on from the newest checkpoint in OUT")
+    resume_changed: bool = Field(
+        False, description="with resume: go on although settings, data or the thread count differ from the checkpoint's"
+    )
 
     dtype: Literal["bf16", "fp32"] = Field("bf16", description="dtype of the frozen weights and the arithmetic: bf16 or fp32")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes a CUDA device where there is one")
     evaluate: bool = Field(True, description="measure native, stretched and restored before the result is published")
     evaluation: EvalConfig = Field(EvalConfig(), description="what to measure; the held-out documents where it names no data")
+    gate: GateConfig = Field(GateConfig(), description="what the restored model must reach to be published")
+    # Left out of the saved settings: it speaks of one publication, not of the run.
+    force: bool = Field(False, exclude=True, description="publish a model that misses its limits, and say so in its card")
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -5,7 +5,7 @@ import logging
 import platform
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,13 @@ from ard_serve.artifact import Manifest, read_manifest
 from ard_serve.console import progress
 from ard_serve.errors import UsageError
 from restore import data, loading, report
-from restore.evaluation import compare, harness, perplexity, retrieval, tasks
-from restore.evaluation.config import EvalConfig
+from restore.evaluation import compare, gate, harness, perplexity, retrieval, sliding, tasks
+from restore.evaluation.config import EvalConfig, GateConfig
 from restore.evaluation.haystack import Haystack
+from restore.evaluation.likelihood import Loaded
+from restore.evaluation.reader import Reader
 from restore.evaluation.results import Comparison, Evaluation, EvaluationReport, TaskScore
+from restore.evaluation.served import Served
 from restore.inspection import read_config
 
 _log = logging.getLogger(__name__)
@@ -42,27 +45,41 @@ def evaluate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config:
         UsageError: no text to measure on.
         DataError: text or tasks that are missing, unreadable or too short.
     """
-    started = time.monotonic()
+    return _evaluate(
+        Loaded(model, config.batch_tokens), tokenizer, config.for_target(served_length(model.config.to_dict())), name
+    )
+
+
+def _evaluate(reader: Reader, tokenizer: PreTrainedTokenizerBase, config: EvalConfig, name: str) -> Evaluation:
+    """Measure what is behind a reader; the lengths of `config` are stated."""
     if not config.data:
         raise UsageError("data: name held-out text to measure on; text the model was trained on proves nothing")
-    config = config.for_target(served_length(model.config.to_dict()))
+    started = time.monotonic()
     documents = [document.text for document in data.read_documents(config.data)]
     ids, bos = [_encode(tokenizer, text) for text in documents], data.bos_ids(tokenizer)
     windows = perplexity.cut_windows(ids, bos, config.lengths, config.windows)
     with progress(f"{name}: perplexity", sum(window.numel() for window in windows.values())) as bar:
-        scores, curve = perplexity.measure(model, windows, config.batch_tokens, bar)
+        scores, curve = perplexity.measure(reader, windows, bar)
     return Evaluation(
         name=name,
         perplexity=tuple(scores),
         by_position=curve,
-        needles=tuple(retrieval.measure(model, Haystack(tokenizer, ids, bos), config, name)) if config.needle_samples else (),
-        tasks=tuple(_tasks(model, tokenizer, config)),
+        sliding=tuple(sliding.measure(reader, ids, bos, config.sliding, config.windows, name)) if config.sliding else (),
+        needles=tuple(retrieval.measure(reader, Haystack(tokenizer, ids, bos), config, name)) if config.needle_samples else (),
+        tasks=tuple(_tasks(reader, tokenizer, config)),
         seconds=time.monotonic() - started,
     )
 
 
 def run(
-    model: str, config: EvalConfig, out: Path, *, against: Sequence[str] = (), base: str | None = None, stretched: bool = True
+    model: str,
+    config: EvalConfig,
+    out: Path,
+    *,
+    against: Sequence[str] = (),
+    base: str | None = None,
+    stretched: bool = True,
+    server: str | None = None,
 ) -> int:
     """Evaluate `model` beside its native and its stretched but untouched self and beside other models.
 
@@ -75,52 +92,52 @@ def run(
         against: more models to measure.
         base: the model that an export was restored from; its manifest's own entry when not given.
         stretched: measure the base with the export's RoPE too, its weights untouched.
+        server: URL of a server that serves `model`; it is asked instead of the folder's weights, and only what `base` and
+            `against` name is measured beside it.
 
     Returns:
         The exit code, 0.
     """
     folder = loading.resolve(model)
     manifest = read_manifest(folder)
-    config = config.for_target(manifest.rope.target_length if manifest else served_length(read_config(folder)))
-    candidates = _candidates(folder, manifest, base, stretched, against)
+    target_length = manifest.rope.target_length if manifest else served_length(read_config(folder))
+    config = config.for_target(target_length, manifest.base.native_window if manifest else None)
+    candidates = _candidates(folder, manifest, base, stretched, against, server)
+    if server:
+        _served(server, config)
     out.mkdir(parents=True, exist_ok=True)
     found = _measure(candidates, config)
     restoration = report.Restoration.from_manifest(manifest) if manifest else None
+    if restoration and {"native", "restored"} <= {candidate.name for candidate in candidates}:
+        verdict = gate.judge(found, GateConfig(), restoration.native_window)
+        restoration = replace(restoration, failures=verdict.failures, served_limit=verdict.served_limit)
     paths = report.write(found, out, restoration)
     report.print_summary(found)
     _log.info("report: %s", paths[-1])
     return 0
 
 
-def evaluate_restoration(restored: Path, base: Path, target_length: int, config: EvalConfig) -> EvaluationReport:
+def evaluate_restoration(restored: Path, base: Path, config: EvalConfig) -> EvaluationReport:
     """Measure an export beside its native and its stretched but untouched self.
 
     Args:
         restored: folder of the export.
         base: folder it was restored from.
-        target_length: tokens the export serves, up to which lengths double where the config states none.
-        config: what to measure.
+        config: what to measure, its lengths stated.
     """
     candidates = [
-        _Candidate("native", base),
-        _Candidate("stretched", base, read_config(restored)),
-        _Candidate("restored", restored),
+        Candidate("native", base),
+        Candidate("stretched", base, read_config(restored)),
+        Candidate("restored", restored),
     ]
-    return _measure(candidates, config.for_target(target_length))
+    return _measure(candidates, config)
 
 
-def _measure(candidates: "Sequence[_Candidate]", config: EvalConfig) -> EvaluationReport:
+def _measure(candidates: "Sequence[Candidate]", config: EvalConfig) -> EvaluationReport:
     """Check every folder before hours go into the first, then measure one model at a time."""
     for folder in dict.fromkeys(candidate.folder for candidate in candidates):
         loading.inspect(folder)
-    results: list[Evaluation] = []
-    for candidate in candidates:
-        loaded = candidate.load(config)
-        results.append(evaluate(loaded, loading.load_tokenizer(candidate.folder), config, candidate.name))
-        del loaded
-        gc.collect()
-        _log.info("%s: measured in %.0f s", candidate.name, results[-1].seconds)
-    return make_report(results, config)
+    return make_report([candidate.measure(config) for candidate in candidates], config)
 
 
 def make_report(results: Sequence[Evaluation], config: EvalConfig) -> EvaluationReport:
@@ -131,7 +148,7 @@ def make_report(results: Sequence[Evaluation], config: EvalConfig) -> Evaluation
     return EvaluationReport(
         created_at=datetime.now(UTC).isoformat(timespec="seconds"),
         ard_serve_version=ard_serve.__version__,
-        machine=_machine(),
+        machine=machine(),
         config=config.model_dump(mode="json"),
         models=tuple(results),
         comparisons=tuple(comparisons),
@@ -146,31 +163,53 @@ def served_length(config: dict[str, Any]) -> int:
 
 
 @dataclass(frozen=True)
-class _Candidate:
-    """A model to measure: weights and tokenizer of an inspected `folder`, with another config.json where one is given."""
+class Candidate:
+    """A model to measure: weights and tokenizer of an inspected `folder`, with another config.json where one is given.
+
+    With a `server`, the folder gives the tokenizer alone and the server's model is measured.
+    """
 
     name: str
     folder: Path
     config: dict[str, Any] | None = None
+    server: str | None = None
 
-    def load(self, settings: EvalConfig) -> PreTrainedModel:
+    def measure(self, settings: EvalConfig) -> Evaluation:
+        """Evaluate the model and let go of its memory; the lengths of `settings` are stated."""
+        found = _evaluate(self._open(settings), loading.load_tokenizer(self.folder), settings, self.name)
+        gc.collect()
+        _log.info("%s: measured in %.0f s", self.name, found.seconds)
+        return found.model_copy(update={"server": self.server})
+
+    def _open(self, settings: EvalConfig) -> Reader:
+        if self.server:
+            return _served(self.server, settings)
         device = settings.device
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
-        return loading.load(self.folder, _DTYPES[settings.dtype], device, self.config)
+        return Loaded(loading.load(self.folder, _DTYPES[settings.dtype], device, self.config), settings.batch_tokens)
+
+
+def _served(url: str, settings: EvalConfig) -> Served:
+    served = Served(url)
+    longest = max(*settings.lengths, *settings.sliding, *(settings.needle_lengths if settings.needle_samples else ()))
+    if longest > served.window:
+        raise UsageError(f"server = {url}: serves {served.window} tokens, the longest window has {longest}; lower --lengths")
+    return served
 
 
 def _candidates(
-    folder: Path, manifest: Manifest | None, base: str | None, stretched: bool, against: Sequence[str]
-) -> list[_Candidate]:
+    folder: Path, manifest: Manifest | None, base: str | None, stretched: bool, against: Sequence[str], server: str | None
+) -> list[Candidate]:
     """Native first, since everything is compared with the first."""
-    found: list[_Candidate] = []
-    if base_folder := _base_folder(folder, manifest, base):
-        found.append(_Candidate("native", base_folder))
+    found: list[Candidate] = []
+    # Whoever measures a server has perhaps no accelerator for other models: they are named or left out.
+    if base_folder := _base_folder(folder, manifest if server is None else None, base):
+        found.append(Candidate("native", base_folder))
         if stretched:
-            found.append(_Candidate("stretched", base_folder, read_config(folder)))
-    found.append(_Candidate("restored" if manifest else folder.name, folder))
-    found += [_Candidate(other.name, other) for other in map(loading.resolve, against)]
+            found.append(Candidate("stretched", base_folder, read_config(folder)))
+    found.append(Candidate("restored" if manifest else folder.name, folder, server=server))
+    found += [Candidate(other.name, other) for other in map(loading.resolve, against)]
     names = [candidate.name for candidate in found]
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise UsageError(f"two models are called '{twice}': rename a folder, reports tell models apart by name")
@@ -189,17 +228,18 @@ def _base_folder(folder: Path, manifest: Manifest | None, base: str | None) -> P
         return None
 
 
-def _tasks(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: EvalConfig) -> Iterator[TaskScore]:
+def _tasks(reader: Reader, tokenizer: PreTrainedTokenizerBase, config: EvalConfig) -> Iterator[TaskScore]:
     for path in tasks.find_tasks(config.tasks):
-        yield tasks.run_task(model, tokenizer, path, config.limit, config.batch_tokens)
+        yield tasks.run_task(reader, tokenizer, path, config.limit, config.shots)
     if config.harness:
-        yield from harness.run_harness(model, tokenizer, config.harness, config.limit, config.batch_tokens)
+        yield from harness.run_harness(reader, tokenizer, config.harness, config.limit)
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> np.ndarray:
     return np.array(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
-def _machine() -> str:
+def machine() -> str:
+    """What computes here, as reports name it."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU threads"
     return f"{device}, {platform.machine()}, torch {torch.__version__}"

@@ -1,9 +1,9 @@
 """One restoration from end to end: check, load, train, merge, verify, measure, publish."""
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -11,22 +11,26 @@ import torch
 
 from ard_serve import console
 from ard_serve.artifact import DataRecord, Quality, RecipeRecord
-from ard_serve.errors import ResourceError, UsageError
+from ard_serve.errors import QualityGateError, ResourceError, UsageError
 from restore import checkpoint, metrics, report
 from restore.config import RestoreConfig
 from restore.data import read_documents, split_documents, tokenize, write_documents
-from restore.evaluate import evaluate_restoration
-from restore.evaluation.compare import served_limit
+from restore.evaluate import evaluate_restoration, machine
+from restore.evaluation import gate
 from restore.evaluation.results import EvaluationReport
 from restore.export import Assessment, Provenance, Reference, check_room, export
+from restore.forecast import check_memory
 from restore.inspection import read_config
 from restore.loading import Checkpoint, inspect, load, load_tokenizer, resolve
 from restore.model import TwoFaced
+from restore.parallel import World, joined
 from restore.rope import RopePlan, plan_rope
 from restore.runfolder import CHECKPOINTS, CONFIG, DATA, HELD_OUT, MODEL, StopSignal, locked
 from restore.trainer import Trainer, plan_steps
 
 _REFERENCE_TOKENS = 256
+_NAMED_FAILURES = 3
+_HOST_FULL = "DefaultCPUAllocator: can't allocate memory"
 _log = logging.getLogger(__name__)
 
 
@@ -41,32 +45,45 @@ class Loaded:
 
 
 def run(config: RestoreConfig) -> int:
-    """Restore a model as `config` says and publish it at OUT/model; returns the exit code."""
-    with locked(config.out), StopSignal() as stop:
+    """Restore a model as `config` says and publish it at OUT/model; returns the exit code.
+
+    Under torchrun every process calls this, and shares the training; the one that leads does all else.
+    """
+    with joined(_device_type(config)) as world, StopSignal() as stop:
+        if world.leads:
+            return _lead(config, world, stop)
+        with _memory_errors(config):
+            _prepare(config, world)[1].train(lambda: stop.received is not None)
+        return stop.exit_code if stop.received else 0
+
+
+def _lead(config: RestoreConfig, world: World, stop: StopSignal) -> int:
+    with locked(config.out):
         _refuse_overwriting(config)
         with _memory_errors(config):
-            loaded, trainer = _prepare(config)
+            loaded, trainer = _prepare(config, world)
             state = trainer.train(lambda: stop.received is not None)
         if stop.received is not None and state.step < trainer.plan.steps:
             console.err.print(f"stopped by {stop.received.name} at step {state.step} of {trainer.plan.steps}; go on with:")
             console.err.print(f"ard restore --config {config.out / CONFIG} --resume", soft_wrap=True, highlight=False)
             return stop.exit_code
         measure = partial(_measure, loaded) if config.evaluate else None
-        _publish(loaded, state.step, state.tokens, config.out / MODEL, measure)
+        _publish(loaded, state.step, state.tokens, config.out / MODEL, measure, machine())
     return 0
 
 
-def export_run(folder: Path, out: Path | None, evaluation: Path | None) -> int:
+def export_run(folder: Path, out: Path | None, evaluation: Path | None, force: bool = False) -> int:
     """Merge and publish the best weights of the restoration in `folder` again; returns the exit code.
 
     Args:
         folder: the OUT of `ard restore`.
         out: where to publish; `folder`/model when None.
-        evaluation: an evaluation.json of this model, for its card and manifest.
+        evaluation: an evaluation.json of this model, for its card and manifest; held to the limits of the run's config.
+        force: publish although a limit is missed.
     """
     if not (folder / CONFIG).exists():
         raise UsageError(f"{folder}: not a restoration, it has no {CONFIG}; give the OUT of `ard restore`")
-    config = RestoreConfig.resolve(folder / CONFIG, {"out": folder})
+    config = RestoreConfig.resolve(folder / CONFIG, {"out": folder, "force": force})
     found = report.read(evaluation) if evaluation else None
     with locked(folder), _memory_errors(config):
         newest = checkpoint.load_newest(folder / CHECKPOINTS)
@@ -79,7 +96,7 @@ def export_run(folder: Path, out: Path | None, evaluation: Path | None) -> int:
     return 0
 
 
-def _prepare(config: RestoreConfig) -> tuple[Loaded, Trainer]:
+def _prepare(config: RestoreConfig, world: World) -> tuple[Loaded, Trainer]:
     """Every check from the cheapest on, then the data, then the weights."""
     folder = resolve(config.model)
     rope = plan_rope(read_config(folder), config.target_length, config.rope_type, config.native_window, config.rope_theta)
@@ -88,15 +105,18 @@ def _prepare(config: RestoreConfig) -> tuple[Loaded, Trainer]:
     shape = (plan.steps, plan.step_tokens, plan.short_windows, plan.window, plan.long_windows, plan.long_window)
     _log.info("%d steps of %d tokens: %d x %d to distil, %d x %d for lm", *shape)
     train_documents, held_documents = split_documents(read_documents(config.data), config.validation_share, config.seed)
+    _log.info("memory: about %s", check_memory(read_config(folder), rope, config, _device(config)))
     loaded = _load(config)
     check_room(loaded.base, config.out / MODEL)
     tokenizer, vocab_size = load_tokenizer(folder), int(loaded.base.config["vocab_size"])
     train, held = (tokenize(documents, tokenizer, vocab_size) for documents in (train_documents, held_documents))
-    trainer = Trainer(loaded.faces, config, rope, train, held, config.out)
-    config.save(config.out / CONFIG)
-    write_documents(held_documents, config.out / HELD_OUT)
-    record = DataRecord(source=", ".join(config.data), documents=train.documents, tokens=len(train.ids), sha256=train.sha256)
-    (config.out / DATA).write_text(record.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    trainer = Trainer(loaded.faces, config, rope, train, held, config.out, world)
+    if world.leads:
+        config.save(config.out / CONFIG)
+        write_documents(held_documents, config.out / HELD_OUT)
+        source = ", ".join(config.data)
+        record = DataRecord(source=source, documents=train.documents, tokens=len(train.ids), sha256=train.sha256)
+        (config.out / DATA).write_text(record.model_dump_json(indent=2) + "\n", encoding="utf-8")
     return loaded, trainer
 
 
@@ -113,10 +133,19 @@ def _measure(loaded: Loaded, folder: Path) -> EvaluationReport:
     settings = config.evaluation.model_copy(update={"dtype": config.dtype, "device": config.device})
     if not settings.data:
         settings = settings.model_copy(update={"data": (str(config.out / HELD_OUT),)})
-    return evaluate_restoration(folder, loaded.base.folder, loaded.rope.target_length, settings)
+    return evaluate_restoration(
+        folder, loaded.base.folder, settings.for_target(loaded.rope.target_length, loaded.rope.native_window)
+    )
 
 
-def _publish(loaded: Loaded, steps: int, tokens: int, out: Path, measure: Callable[[Path], EvaluationReport] | None) -> None:
+def _publish(
+    loaded: Loaded,
+    steps: int,
+    tokens: int,
+    out: Path,
+    measure: Callable[[Path], EvaluationReport] | None,
+    trained_on: str | None = None,
+) -> None:
     config, rope = loaded.config, loaded.rope
     recipe = RecipeRecord(
         name=config.recipe if config.objectives is None else "custom",
@@ -127,16 +156,31 @@ def _publish(loaded: Loaded, steps: int, tokens: int, out: Path, measure: Callab
         seed=config.seed,
     )
     data = DataRecord.model_validate_json((config.out / DATA).read_bytes())
-    done = report.Restoration(config.model, rope.native_window, rope.target_length, rope.rope_type, recipe, data)
+    steps_done = metrics.read(config.out)
+    done = report.Restoration(
+        config.model,
+        rope.native_window,
+        rope.target_length,
+        rope.rope_type,
+        recipe,
+        data,
+        trained_on=trained_on,
+        trained_s=sum(row.get("seconds", 0.0) for row in steps_done),
+    )
 
     def assess(folder: Path) -> Assessment:
         found = measure(folder) if measure else None
-        card = report.model_card(done, found)
         if found is None:
-            return Assessment(card)
+            return Assessment(report.model_card(done))
+        verdict = gate.judge(found, config.gate, rope.native_window)
+        judged = replace(done, failures=verdict.failures, served_limit=verdict.served_limit)
         report.print_summary(found)
-        paths = report.write(found, config.out, done, metrics.read(config.out))
-        return Assessment(card, _quality(found, rope), tuple(paths))
+        paths = report.write(found, config.out, judged, steps_done)
+        if verdict.failures and not config.force:
+            raise QualityGateError(_refusal(verdict.failures, config.out))
+        return Assessment(
+            report.model_card(judged, found), _quality(found, verdict.served_limit), tuple(paths), forced=bool(verdict.failures)
+        )
 
     provenance = Provenance(config.model, recipe, data)
     with _memory_errors(config):
@@ -145,14 +189,18 @@ def _publish(loaded: Loaded, steps: int, tokens: int, out: Path, measure: Callab
     console.out.print(f"restored model: {out}", highlight=False, soft_wrap=True)
 
 
-def _quality(found: EvaluationReport, rope: RopePlan) -> Quality:
-    scores = {model.name: model.scores for model in found.models}
-    if missing := {"native", "stretched", "restored"} - scores.keys():
-        raise UsageError(
-            f"the evaluation has no model named {', '.join(sorted(missing))}; make it with `ard eval` of this export"
-        )
-    limit = served_limit(scores["native"], scores["restored"], rope.native_window)
-    return Quality(**{name: scores[name] for name in ("native", "stretched", "restored")}, served_limit=limit)
+def _quality(found: EvaluationReport, served_limit: int | None) -> Quality:
+    scores = {model.name: model.scores for model in found.models if model.name in ("native", "stretched", "restored")}
+    return Quality(**scores, served_limit=served_limit)
+
+
+def _refusal(failures: Sequence[str], out: Path) -> str:
+    more = f" and {len(failures) - _NAMED_FAILURES} more" if len(failures) > _NAMED_FAILURES else ""
+    return (
+        f"not published, worse than its limits: {'; '.join(failures[:_NAMED_FAILURES])}{more}; see {out / 'report.html'}. "
+        f"Train on more tokens or lower the limits (gate), or publish it as it is: "
+        f"ard export {out} --evaluation {out / 'evaluation.json'} --force"
+    )
 
 
 @torch.no_grad()
@@ -172,10 +220,15 @@ def _refuse_overwriting(config: RestoreConfig) -> None:
 
 
 def _device(config: RestoreConfig) -> torch.device:
+    kind = _device_type(config)
+    return torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else torch.device(kind)
+
+
+def _device_type(config: RestoreConfig) -> str:
     available = torch.cuda.is_available()
     if config.device == "cuda" and not available:
         raise UsageError("device = cuda: no CUDA device is visible here; use --device cpu or auto")
-    return torch.device("cuda" if available and config.device != "cpu" else "cpu")
+    return "cuda" if available and config.device != "cpu" else "cpu"
 
 
 def _dtype(config: RestoreConfig) -> torch.dtype:
@@ -187,10 +240,15 @@ def _memory_errors(config: RestoreConfig) -> Iterator[None]:
     """Turn running out of memory, on the device or the host, into one line that says what to shrink."""
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        short, long = config.window or "the native window", config.long_window or "four times as many"
-        reason = (str(error).splitlines() or ["host"])[0]
+    except (RuntimeError, MemoryError) as error:
+        reason = (str(error).splitlines() or ["host memory"])[0]
+        # PyTorch's host allocator has no exception of its own.
+        if isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError) and _HOST_FULL not in reason:
+            raise
+        base = read_config(resolve(config.model))
+        plan = plan_steps(config, plan_rope(base, config.target_length, config.rope_type, config.native_window))
+        halves = f"--window {plan.window // 2} --long-window {plan.long_window // 2}"
         raise ResourceError(
-            f"out of memory ({reason}): windows of {short} and {long} tokens, rank {config.rank}; "
-            "try half of --window and --long-window, or a lower --rank"
+            f"out of memory ({reason}) with windows of {plan.window} and {plan.long_window} tokens and rank {config.rank}; "
+            f"about half is needed with {halves}"
         ) from None

@@ -22,7 +22,7 @@ p { margin: 0 0 12px; max-width: 72ch } .lead { color: var(--quiet); margin-bott
 .note { font-size: 14px; margin-bottom: 14px; max-width: 110ch }
 section { background: var(--panel); border: 1px solid var(--grid); border-radius: 12px; padding: 24px; margin-top: 20px;
   overflow-x: auto }
-.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(215px, 1fr)); gap: 16px }
+.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(180px, 1fr)); gap: 16px }
 .card { background: var(--panel); border: 1px solid var(--grid); border-radius: 12px; padding: 18px 20px }
 .card b { display: block; font-size: 27px; letter-spacing: -.02em; line-height: 1.25; font-variant-numeric: tabular-nums }
 .card span { display: block; font-size: 14px } .card small { font-size: 13px }
@@ -45,6 +45,7 @@ def html_page(found: EvaluationReport, restoration: "report.Restoration | None" 
             f"<h1>{escape(title)}</h1>",
             f'<p class="lead">{_lead(restoration)}</p>',
             f'<div class="cards">{"".join(_cards(found, restoration, steps))}</div>',
+            *_gate(restoration),
             *_perplexity(found, restoration),
             *_tasks(found),
             *_needles(found),
@@ -89,13 +90,26 @@ def _cards(found: EvaluationReport, restoration: "report.Restoration | None", st
     if length := max(scores.needle, default=0):
         rest = ", ".join(f"{o.name} {o.scores.needle[length]:.0%}" for o in others if length in o.scores.needle)
         cards.append(_card(f"{scores.needle[length]:.0%}", f"of needles found in {length:,} tokens", rest))
+    if restoration is not None and restoration.served_limit:
+        what = "longest length that meets every limit on perplexity and needles"
+        card = _card(f"{restoration.served_limit:,}", "tokens served", what)
+        cards.insert(0, card)
     if restoration is not None:
         seconds = sum(row.get("seconds", 0.0) for row in steps)
-        spent = [f"{restoration.recipe.steps} steps", *([_duration(seconds)] if seconds else [])]
+        spent = [f"{restoration.recipe.steps} steps", *([report.duration(seconds)] if seconds else [])]
         if peak_bytes := max((row.get("peak_memory_bytes", 0) for row in steps), default=0):
             spent.append(f"{peak_bytes / 2**30:.1f} GiB at most")
+        spent += [restoration.trained_on] if restoration.trained_on else []
         cards.append(_card(f"{restoration.recipe.tokens:,}", "training tokens", ", ".join(spent)))
     return cards
+
+
+def _gate(restoration: "report.Restoration | None") -> list[str]:
+    if restoration is None or not restoration.failures:
+        return []
+    listed = "".join(f"<li>{escape(failure)}</li>" for failure in restoration.failures)
+    note = "The result is held to limits against the native model before it is published. It misses these:"
+    return [_section("Quality gate: failed", note, f"<ul>{listed}</ul>")]
 
 
 def _perplexity(found: EvaluationReport, restoration: "report.Restoration | None") -> list[str]:
@@ -137,7 +151,7 @@ def _needles(found: EvaluationReport) -> list[str]:
         axes[0].set_ylabel("depth")
         samples = len(next(needle for needle in models[0].needles if needle.task == task).samples)
         kind, meaning = ("Needle", _NEEDLE_NOTES[task]) if task in _NEEDLE_NOTES else ("Reading", _READING_NOTE)
-        note = f"{meaning} In percent; depth 0% is the beginning of the prompt; {samples} prompts a cell."
+        note = f"{meaning} In percent; depth 0% is the beginning of the prompt. Prompts a cell: {samples}."
         title = f"{kind}: {task.replace('_', ' ')}"
         sections.append(_section(title, note, plots.to_svg(drawing, f"{title}, by prompt length and depth")))
     return sections
@@ -184,8 +198,9 @@ def _training(steps: Steps) -> list[str]:
         axes[1].legend()
     rate = sorted(row["tokens_per_s"] for row in trained)[len(trained) // 2]
     note = (
-        f"{len(trained)} steps at {rate:,.0f} tokens a second. Each objective falls as the student comes to attend and predict "
-        "as the frozen native model does; the layers show where the damage was and what is left of it, on held-out text."
+        f"{len(trained)} steps at {rate:,.0f} tokens a second. Left, what training minimizes: how far the rows of attention "
+        "(attention) and the predictions of the next word (logits) are from the frozen native model's, and how surprising long "
+        "text is (lm). Right: where in the model the damage was and what is left of it, on held-out text."
     )
     return [_section("Training", note, plots.to_svg(drawing, "Training curves and divergence by layer"))]
 
@@ -210,7 +225,3 @@ def _card(figure: str, what: str, rest: str) -> str:
 
 def _number(value: float) -> str:
     return f"{value:,.0f}" if value >= 1000 else f"{value:.1f}"
-
-
-def _duration(seconds: float) -> str:
-    return f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"

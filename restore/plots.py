@@ -194,6 +194,7 @@ def layer_kl(axes: Axes, before: Sequence[float], after: Sequence[float]) -> Non
     axes.set_yscale("log")
     axes.yaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel("layer")
+    axes.set_ylabel("KL divergence, nats")
 
 
 def before_after(found: EvaluationReport) -> str:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, Self
 
@@ -18,7 +19,7 @@ _SHORT_MEAN = "mean of the short tasks"
 
 @dataclass(frozen=True)
 class Restoration:
-    """What was done to a model, as its card tells it."""
+    """What was done to a model, as its card tells it, and what came of it."""
 
     base_name: str
     native_window: int
@@ -26,7 +27,11 @@ class Restoration:
     rope_type: str
     recipe: RecipeRecord
     data: DataRecord | None = None
-    forced: bool = False
+    failures: tuple[str, ...] = ()
+    """The limits of the quality gate that were missed."""
+    served_limit: int | None = None
+    trained_on: str | None = None
+    trained_s: float = 0.0
 
     @classmethod
     def from_manifest(cls, manifest: Manifest) -> Self:
@@ -38,7 +43,7 @@ class Restoration:
             rope_type=manifest.rope.rope_type,
             recipe=manifest.recipe,
             data=manifest.data,
-            forced=manifest.forced,
+            served_limit=manifest.quality.served_limit,
         )
 
 
@@ -86,7 +91,7 @@ def print_summary(found: EvaluationReport) -> None:
 def markdown(found: EvaluationReport, restoration: Restoration | None) -> str:
     """The report as Markdown: figures, what got worse, how it was measured."""
     header, rows = score_table(found.models)
-    parts = ["# Evaluation", *([_what_was_done(restoration)] if restoration else []), _table(header, rows)]
+    parts = ["# Evaluation", *([_what_was_done(restoration), _gate(restoration)] if restoration else []), _table(header, rows)]
     parts += [_differences(found), how(found)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -106,7 +111,8 @@ def model_card(restoration: Restoration, found: EvaluationReport | None = None, 
         "\n".join([*front, "---"]),
         f"# {name}, restored to {restoration.target_length:,} tokens",
         _what_was_done(restoration),
-        _forced_warning(restoration),
+        "**The quality gate failed; this export was published with `--force`.**" if restoration.failures else "",
+        _gate(restoration),
     ]
     if found:
         header, rows = score_table(found.models)
@@ -122,8 +128,10 @@ def score_table(models: Sequence[Evaluation]) -> tuple[list[str], list[list[str]
     scores = [model.scores for model in models]
     lengths, depths = _keys([score.perplexity for score in scores]), _keys([score.needle for score in scores])
     names = _keys([score.tasks for score in scores])
+    sliding = [{score.title: score.value for score in model.sliding} for model in models]
     rows = [
-        *([f"perplexity at {n:,} tokens", *(_cell(score.perplexity.get(n), ".2f") for score in scores)] for n in lengths),
+        *([f"perplexity at {n:,} tokens", *(_cell(score.perplexity.get(n), ",.2f") for score in scores)] for n in lengths),
+        *([title, *(_cell(values.get(title), ",.2f") for values in sliding)] for title in dict.fromkeys(chain(*sliding))),
         *([f"needle found at {n:,} tokens", *(_cell(score.needle.get(n), ".0%") for score in scores)] for n in depths),
         *([name, *(_task_cell(model, name) for model in models)] for name in names),
     ]
@@ -173,16 +181,26 @@ def _what_was_done(restoration: Restoration) -> str:
     recipe = restoration.recipe
     objectives = ", ".join(f"{name} × {weight:g}" for name, weight in recipe.objectives.items())
     read = f" from {restoration.data.documents} documents ({restoration.data.source})" if restoration.data else ""
+    took = f" Training took {duration(restoration.trained_s)}." if restoration.trained_s else ""
     return (
         f"`{restoration.base_name}` reads {restoration.native_window:,} tokens. Its rotary position embeddings were stretched "
         f"({restoration.rope_type}) to {restoration.target_length:,} tokens, which by itself damages what it could do; it was "
         f"then taught to attend and predict as it did before. Recipe `{recipe.name}` ({objectives}), {recipe.trainable}, "
-        f"{recipe.steps} steps over {recipe.tokens:,} tokens{read}, seed {recipe.seed}."
+        f"{recipe.steps} steps over {recipe.tokens:,} tokens{read}, seed {recipe.seed}.{took}"
     )
 
 
-def _forced_warning(restoration: Restoration) -> str:
-    return "**The quality gate failed; this export was published with `--force`.**" if restoration.forced else ""
+def duration(seconds: float) -> str:
+    """In the unit that a reader would choose."""
+    if seconds < 90:
+        return f"{seconds:.0f} seconds"
+    return f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"
+
+
+def _gate(restoration: Restoration) -> str:
+    if not restoration.failures:
+        return ""
+    return "\n".join(["### Limits that were missed", "", *(f"- {failure}" for failure in restoration.failures)])
 
 
 def _use(restoration: Restoration) -> str:
@@ -196,12 +214,15 @@ def _use(restoration: Restoration) -> str:
 def how(found: EvaluationReport) -> str:
     """How the figures came about, in plain words."""
     windows = found.config["windows"]
+    slid = any(model.sliding for model in found.models)
+    served = [f" {model.name}: as the server at {model.server} answered." for model in found.models if model.server]
     return (
         f"Measured {found.created_at} with ard-serve {found.ard_serve_version} on {found.machine}, {found.config['dtype']}, "
         f"in {sum(model.seconds for model in found.models):.0f} s. Perplexity: {windows} windows of held-out text for each "
         "length, over their last 1,024 tokens (half the window below 2,048); windows of every length end at the same places. "
         "Needle: a six-digit number hidden in a book, right when it is the first number the model writes. "
-        "Short tasks ± one standard error."
+        f"{'Sliding: every token of whole documents, once. ' if slid else ''}"
+        f"Short tasks ± one standard error.{''.join(served)}"
     )
 
 

@@ -1,9 +1,10 @@
 """Turn the evaluation of a restoration into rows of docs/results/quality-<model>.json, beside those that are there.
 
     python scripts/record_quality.py EVALUATION.json RUN "the command that made it" [REMARK]
+    python scripts/record_quality.py --merge QUALITY.json
 
 RUN is the OUT of `ard restore`. Each row is one model (recipe "native", "none" for stretched and untouched, else the recipe)
-with its scores by length.
+with its scores by length. --merge adds the runs of a results file that came from another machine.
 """
 
 import json
@@ -14,58 +15,97 @@ from typing import Any
 
 from ard_serve.artifact import RecipeRecord, read_manifest
 from restore.config import RestoreConfig
-from restore.evaluation.results import EvaluationReport
+from restore.evaluation.gate import judge
+from restore.evaluation.results import Evaluation, EvaluationReport
+from restore.report import short_mean
 from restore.runfolder import CONFIG, MODEL
 
 RESULTS = Path(__file__).parent.parent / "docs" / "results"
+_RECIPES = {"native": "native", "stretched": "none"}
 
 
 def main() -> None:
+    if sys.argv[1] == "--merge":
+        source = Path(sys.argv[2])
+        for entry in read(source):
+            append(RESULTS / source.name, entry | {"commit": entry["commit"] or _commit()})
+        return
     evaluation, run, command, *remark = sys.argv[1:]
     report = EvaluationReport.model_validate_json(Path(evaluation).read_bytes())
-    config = RestoreConfig.resolve(Path(run) / CONFIG, {})
-    manifest = read_manifest(Path(run) / MODEL)
-    assert manifest is not None, "a finished restoration has an export with a manifest"
-    path = RESULTS / f"quality-{Path(config.model).name}.json"
-    runs = json.loads(path.read_text(encoding="utf-8"))["runs"] if path.exists() else []
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
-    runs.append(
-        {
-            "commit": commit.stdout.strip(),
-            "machine": report.machine,
-            "command": command,
-            "date": report.created_at,
-            "settings": config.model_dump(mode="json", exclude_defaults=True),
-            "evaluation": report.config,
-            "remark": " ".join(remark),
-            "rows": rows(report, config, manifest.recipe, manifest.rope.factor),
-        }
-    )
-    path.write_text(json.dumps({"runs": runs}, indent=1) + "\n", encoding="utf-8")
+    config, entry = describe(report, Path(run), command, " ".join(remark))
+    append(RESULTS / file_name(config.model), entry)
+
+
+def file_name(model: str) -> str:
+    return f"quality-{Path(model).name}.json"
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    runs: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["runs"] if path.exists() else []
+    return runs
+
+
+def append(path: Path, entry: dict[str, Any]) -> None:
+    """Add one run to a results file, unless it is there: the same settings measured at the same time."""
+    runs = read(path)
+    if any((run["date"], run["settings"]) == (entry["date"], entry["settings"]) for run in runs):
+        return
+    path.write_text(json.dumps({"runs": [*runs, entry]}, indent=1) + "\n", encoding="utf-8")
     print(path)
 
 
+def describe(report: EvaluationReport, run: Path, command: str, remark: str = "") -> tuple[RestoreConfig, dict[str, Any]]:
+    """The settings of a finished restoration and its entry in a results file."""
+    config = RestoreConfig.resolve(run / CONFIG, {})
+    manifest = read_manifest(run / MODEL)
+    assert manifest is not None, "a finished restoration has an export with a manifest"
+    verdict = judge(report, config.gate, manifest.base.native_window)
+    return config, {
+        "commit": _commit(),
+        "machine": report.machine,
+        "command": command,
+        "date": report.created_at,
+        "settings": config.model_dump(mode="json", exclude_defaults=True),
+        "evaluation": report.config,
+        "remark": remark,
+        "missed": list(verdict.failures),
+        "served_limit": verdict.served_limit,
+        "rows": rows(report, config, manifest.recipe, manifest.rope.factor),
+    }
+
+
 def rows(report: EvaluationReport, config: RestoreConfig, done: RecipeRecord, factor: float) -> list[dict[str, Any]]:
-    short = {"native": "native", "stretched": "none", "restored": done.name}
-    found = []
-    for model in report.models:
-        scores, restored, native = model.scores, model.name == "restored", model.name == "native"
-        found.append(
-            {
-                "model": Path(config.model).name,
-                "recipe": short[model.name],
-                "rope": None if native else config.rope_type,
-                "factor": 1.0 if native else factor,
-                "seed": done.seed if restored else None,
-                "steps": done.steps if restored else 0,
-                "tokens": done.tokens if restored else 0,
-                "ppl": scores.perplexity,
-                "needle": scores.needle,
-                "short": scores.tasks,
-                "short_perplexity": {t.name: t.metrics["perplexity"] for t in model.tasks if "perplexity" in t.metrics},
-            }
-        )
-    return found
+    return [_row(model, report, config, done, factor) for model in report.models]
+
+
+def _row(
+    model: Evaluation, report: EvaluationReport, config: RestoreConfig, done: RecipeRecord, factor: float
+) -> dict[str, Any]:
+    scores, restored, native = model.scores, model.name == "restored", model.name == "native"
+    mean, native_mean = short_mean(scores), short_mean(report.models[0].scores)
+    names = {task.name for task in model.tasks}
+    return {
+        "model": Path(config.model).name,
+        "recipe": _RECIPES.get(model.name, done.name),
+        "rope": None if native else config.rope_type,
+        "factor": 1.0 if native else factor,
+        "seed": done.seed if restored else None,
+        "steps": done.steps if restored else 0,
+        "tokens": done.tokens if restored else 0,
+        "ppl": scores.perplexity,
+        "needle": scores.needle,
+        "short": scores.tasks,
+        "short_mean": mean,
+        "retention": mean / native_mean if mean is not None and native_mean else None,
+        "short_p": {c.what: c.p_value for c in report.comparisons if c.model == model.name and c.what in names},
+        "short_perplexity": {t.name: t.metrics["perplexity"] for t in model.tasks if "perplexity" in t.metrics},
+    }
+
+
+def _commit() -> str:
+    """Of the working tree; a machine that has only its files leaves it open."""
+    found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    return found.stdout.strip()
 
 
 if __name__ == "__main__":

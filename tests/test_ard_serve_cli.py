@@ -37,7 +37,7 @@ def test_help_is_fast_and_loads_no_framework(words: tuple[str, ...]) -> None:
     [
         (["nonsense"], "ard: unknown command 'nonsense'; commands: restore, eval, export, serve, loadtest, doctor"),
         (["restore", "m", "--targt-length", "5"], "ard restore: unrecognized arguments: --targt-length 5"),
-        (["restore", "m", "--target-length", "9000", "--out", "o"], "ard restore: 'data' is required"),
+        (["restore", "m", "--target-length", "9000", "--out", "o"], "ard restore: required, as a flag or in --config: data"),
         ([*RESTORE, "--rank", "0"], "ard restore: rank = '0': input should be greater than 0"),
         ([*RESTORE, "--recipe", "magic"], "ard restore: recipe = 'magic': input should be"),
         (["eval", "m", "--out", "o"], "ard eval: --data is required"),

@@ -35,7 +35,8 @@ def test_flags_win_over_the_file_and_the_file_over_defaults(tmp_path: Path, suff
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        ("ratte: 0.5", "unknown field 'ratte'; known fields: limit, names, rate, strict"),
+        ("ratte: 0.5", "unknown field 'ratte'; did you mean 'rate'?"),
+        ("colour: red", "unknown field 'colour'; known fields: limit, names, rate, strict"),
         ("rate: 1.5", "rate = 1.5: input should be less than or equal to 1"),
         ("rate: .nan", "rate = nan: input should be a finite number"),
         ("rate: high", "rate = 'high': input should be a valid number"),

@@ -16,6 +16,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from ard_serve import cli
 from ard_serve.artifact import read_manifest, verify
 
 ARD = [sys.executable, "-m", "ard_serve.cli"]
@@ -79,7 +80,7 @@ def test_the_result_is_complete_and_as_promised(run: Path) -> None:
     assert manifest is not None
     verify(run / "model", manifest)
     assert manifest.quality.restored is not None
-    assert manifest.quality.restored.perplexity.keys() == {512}
+    assert manifest.quality.restored.perplexity.keys() == {128, 512}
     assert (manifest.recipe.steps, manifest.recipe.objectives) == (6, {"attention": 1.0, "logits": 1.0, "lm": 1.0})
     assert {"config.yaml", "metrics.jsonl", "evaluation.json", "report.html", "held-out.jsonl"} <= {
         p.name for p in run.iterdir()
@@ -163,3 +164,46 @@ def test_a_chat_streams(server: str) -> None:
     assert reply.status_code == 200
     assert lines[-1] == "data: [DONE]"
     assert len(lines) > 2
+
+
+@pytest.mark.vllm
+def test_an_evaluation_through_the_server_agrees_with_transformers(run: Path, server: str, texts: Path, tmp_path: Path) -> None:
+    """Window by window and item by item: perplexity over full windows, needles, likelihoods, examples, written answers."""
+    (tmp_path / "tasks").mkdir()
+    problems = [{"question": f"{i} and {i}?", "answer": f"{2 * i}\n#### {2 * i}", "final": str(2 * i)} for i in range(4)]
+    rows: dict[str, list[dict[str, Any]]] = {
+        "choice": [{"query": f"{i} times 2 is", "choices": [str(2 * i), "less", "a harbour"], "gold": 0} for i in range(6)],
+        "cloze": [{"context": f"{i} times 3 is {3 * i}; the harbour lay", "continuation": "quiet"} for i in range(6)],
+        "sums": problems,
+        "sums_fewshot": problems,
+    }
+    for name, items in rows.items():
+        (tmp_path / "tasks" / f"{name}.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
+    words = ["eval", run / "model", "--server", server, "--against", run / "model", "--data", texts, "--out", tmp_path / "out"]
+    words += ["--tasks", tmp_path / "tasks", "--lengths", 64, 512, "--windows", 2, "--dtype", "fp32", "--shots", 1]
+    words += ["--sliding", 128]
+    ended = ard(*words, "--needle-lengths", 512, "--needle-depths", 0.5, "--needle-samples", 2)
+    assert ended.returncode == 0, ended.stderr
+    served, loaded = json.loads((tmp_path / "out" / "evaluation.json").read_text())["models"]
+    assert (served["server"], loaded["server"]) == (server, None)
+    for ours, theirs in zip(served["perplexity"], loaded["perplexity"], strict=True):
+        assert ours["window_nll"] == pytest.approx(theirs["window_nll"], rel=1e-4)
+    assert served["by_position"]["perplexity"] == pytest.approx(loaded["by_position"]["perplexity"], rel=1e-3)
+    assert served["sliding"][0]["nll"] == pytest.approx(loaded["sliding"][0]["nll"], rel=1e-4)
+    assert served["needles"] == loaded["needles"]
+    for ours, theirs in zip(served["tasks"], loaded["tasks"], strict=True):
+        assert ours["correct"] == theirs["correct"], ours["name"]
+        assert ours["metrics"] == pytest.approx(theirs["metrics"], rel=1e-3)
+
+
+@pytest.mark.vllm
+def test_a_server_that_cannot_be_measured_is_told_first(
+    base: Path, run: Path, server: str, texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["eval", str(run / "model"), "--base", str(base), "--data", str(texts), "--out", str(tmp_path)]
+    assert cli.main([*words, "--lengths", "1024", "--server", server]) == 2
+    assert "serves 512 tokens, the longest window has 1024" in capsys.readouterr().err
+    assert cli.main([*words, "--server", "http://127.0.0.1:9"]) == 2
+    said = capsys.readouterr().err
+    assert "no vLLM answers there" in said
+    assert "measured in" not in said

@@ -38,8 +38,12 @@ def test_the_wheel_holds_the_four_packages_and_nothing_else(tmp_path: Path) -> N
     names = zipfile.ZipFile(wheel).namelist()
     own = {name for name in names if ".dist-info/" not in name}
     assert {name.split("/")[0] for name in own} == PACKAGES
-    on_disk = {path.relative_to(ROOT).as_posix() for package in PACKAGES for path in (ROOT / package).rglob("*.py")}
-    assert {name for name in own if name.endswith(".py")} == on_disk, "every module is in pyproject's package list"
+    on_disk = {path.relative_to(ROOT).as_posix() for package in PACKAGES for path in _sources(ROOT / package)}
+    assert own == on_disk, "every module is in pyproject's package list, every other file in its package data"
+
+
+def _sources(package: Path) -> list[Path]:
+    return [path for path in package.rglob("*") if path.is_file() and path.suffix != ".pyc"]
 
 
 def test_dependency_ranges_admit_what_we_support() -> None:

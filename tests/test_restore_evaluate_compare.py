@@ -1,9 +1,9 @@
-"""Paired tests give textbook values, and a model is served no further than it was measured to hold."""
+"""Paired tests give textbook values, and figures of two models are compared item by item."""
 
 import pytest
 
 from ard_serve.artifact import Scores
-from restore.evaluation.compare import compare, mcnemar, paired_bootstrap, served_limit
+from restore.evaluation.compare import compare, mcnemar, paired_bootstrap
 from restore.evaluation.config import EvalConfig
 from restore.evaluation.results import Evaluation, NeedleScore, PerplexityScore, TaskScore
 
@@ -48,6 +48,17 @@ def test_a_comparison_pairs_the_items_of_two_models() -> None:
     assert set(rows) == {"a", "b", "mean of the short tasks", "perplexity at 8"}
 
 
+def test_needles_are_compared_prompt_by_prompt() -> None:
+    found, lost = (
+        Evaluation(name=name, needles=tuple(NeedleScore(task="single", length=8, depth=d, samples=samples) for d in (0.0, 1.0)))
+        for name, samples in (("native", (1.0,) * 5), ("restored", (0.0, 1.0, 0.0, 0.0, 0.0)))
+    )
+    (row,) = compare(found, lost)
+    assert (row.what, row.before, row.after) == ("single at 8", 1.0, 0.2)
+    assert row.p_value is not None
+    assert row.p_value < 0.01
+
+
 def test_the_scores_of_a_manifest_are_means_over_depths() -> None:
     found = Evaluation(
         name="x",
@@ -63,15 +74,9 @@ def test_the_scores_of_a_manifest_are_means_over_depths() -> None:
     assert found.tasks[0].stderr == pytest.approx(0.25)
 
 
-def test_the_served_limit_is_the_last_length_before_perplexity_leaves_its_bound() -> None:
-    native = Scores(perplexity={2048: 30.0, 8192: 32.0, 65536: 15000.0})
-    assert served_limit(native, Scores(perplexity={2048: 31.0, 8192: 33.0, 32768: 35.0, 65536: 43.0}), 8192) == 32768
-    assert served_limit(native, Scores(perplexity={2048: 31.0, 8192: 39.0, 32768: 30.0}), 8192) == 2048
-    assert served_limit(native, Scores(perplexity={2048: 40.0}), 8192) is None
-    assert served_limit(native, Scores(perplexity={65536: 43.0}), 8192, tolerance=0.4) == 65536
-
-
 def test_lengths_that_are_not_stated_double_up_to_the_target() -> None:
     assert EvalConfig(data=("x",)).for_target(5000).lengths == (1024, 2048, 4096, 5000)
+    with_window = EvalConfig(data=("x",)).for_target(2048, native_window=300)
+    assert (with_window.lengths, with_window.needle_lengths) == ((300, 1024, 2048), (1024, 2048))
     stated = EvalConfig(data=("x",), lengths=(64,), needle_lengths=(32,)).for_target(5000)
     assert (stated.lengths, stated.needle_lengths) == ((64,), (32,))

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from ard_serve.errors import DataError
 from restore import loading
-from restore.evaluation import retrieval
+from restore.evaluation import likelihood, retrieval
 from restore.evaluation.config import EvalConfig, NeedleTask
 from restore.evaluation.haystack import Haystack, Prompt
 from restore.evaluation.likelihood import continue_greedily
@@ -158,7 +158,7 @@ def test_batched_retrieval_scores_as_one_prompt_at_a_time(
         ]
         return torch.tensor([(haystack.encode(answer) + haystack.encode(" ") * new_tokens)[:new_tokens] for answer in answers])
 
-    monkeypatch.setattr(retrieval, "continue_greedily", oracle)
+    monkeypatch.setattr(likelihood, "continue_greedily", oracle)
     fields = {
         "data": ("x",),
         "needle_tasks": ("single", "multi_value"),
@@ -167,8 +167,8 @@ def test_batched_retrieval_scores_as_one_prompt_at_a_time(
     }
     found = {}
     for batch_tokens in (1, 4096):
-        config = EvalConfig.model_validate(fields | {"needle_samples": 6, "batch_tokens": batch_tokens})
-        found[batch_tokens] = retrieval.measure(model, haystack, config, "tiny")
+        config = EvalConfig.model_validate(fields | {"needle_samples": 6})
+        found[batch_tokens] = retrieval.measure(likelihood.Loaded(model, batch_tokens), haystack, config, "tiny")
     assert found[1] == found[4096]
     assert [(s.task, s.length, s.depth) for s in found[1]][:3] == [
         ("single", 600, 0.0),

@@ -12,6 +12,7 @@ from ard_serve.console import progress
 from ard_serve.errors import DataError
 from restore import loading
 from restore.evaluation import perplexity
+from restore.evaluation.likelihood import Loaded
 from restore.evaluation.results import PerplexityScore, PositionCurve
 
 BOS = 256
@@ -30,7 +31,7 @@ def measure(
     model: PreTrainedModel, windows: dict[int, torch.Tensor], batch_tokens: int = 1
 ) -> tuple[list[PerplexityScore], PositionCurve]:
     with progress("test", 1) as bar:
-        return perplexity.measure(model, windows, batch_tokens, bar)
+        return perplexity.measure(Loaded(model, batch_tokens), windows, bar)
 
 
 @torch.no_grad()

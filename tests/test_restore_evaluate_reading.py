@@ -15,6 +15,7 @@ from restore import loading
 from restore.evaluation import retrieval
 from restore.evaluation.config import EvalConfig
 from restore.evaluation.haystack import Haystack
+from restore.evaluation.likelihood import Loaded
 from restore.evaluation.reading import Reading
 
 BOS = 256
@@ -115,6 +116,6 @@ def test_reading_is_measured_beside_the_needles(checkpoint: Path, book: Haystack
     path = write(tmp_path / "towns.jsonl", paragraphs(40))
     fields = {"reading": (str(path),), "needle_lengths": (600, 900), "needle_depths": (0.5,), "needle_samples": 2}
     config = EvalConfig.model_validate({"data": ("x",)} | fields)
-    found = retrieval.measure(loading.load(checkpoint, torch.float32), book, config, "tiny")
+    found = retrieval.measure(Loaded(loading.load(checkpoint, torch.float32), 4096), book, config, "tiny")
     assert [(score.task, score.length) for score in found] == [("single", 600), ("single", 900), ("towns", 600), ("towns", 900)]
     assert all(len(score.samples) == 2 for score in found)

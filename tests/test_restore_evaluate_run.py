@@ -53,7 +53,7 @@ def settings(texts: Path, **fields: Any) -> EvalConfig:
     (tasks / "sums.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
     defaults = {
         "data": (str(texts),), "tasks": (str(tasks),), "lengths": (64, 512), "windows": 3, "needle_lengths": (512,),
-        "needle_depths": (0.5,), "needle_samples": 2, "dtype": "fp32", "device": "cpu",
+        "needle_depths": (0.5,), "needle_samples": 2, "sliding": (128,), "dtype": "fp32", "device": "cpu",
     }  # fmt: skip
     return EvalConfig.model_validate(defaults | fields)
 
@@ -75,7 +75,13 @@ def test_an_export_is_measured_beside_native_and_stretched(base: Path, exported:
         assert models[name].scores.perplexity == pytest.approx(expected, rel=1e-4)
         assert set(models[name].scores.tasks) == {"sums"}
         assert set(models[name].scores.needle) == {512}
+        assert len(models[name].sliding[0].nll) == 4, "every document"
     assert {row.model for row in read(tmp_path / "out").comparisons} == {"stretched", "restored"}
+    title = "perplexity, sliding over 128 tokens, long documents"
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "tokens served" in page or "Quality gate: failed" in page, "the figures are held to the default limits"
+    assert title in {row.what for row in read(tmp_path / "out").comparisons}
+    assert f"| {title} | " in (tmp_path / "out" / "report.md").read_text()
 
 
 @torch.no_grad()

@@ -1,7 +1,7 @@
 """Short tasks score as a plain loop over items does, whatever shares a batch."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ard_serve.errors import DataError
 from restore import loading
-from restore.evaluation import likelihood, tasks
+from restore.evaluation import items, likelihood, tasks
+from restore.evaluation.likelihood import Loaded
+from restore.evaluation.reader import Likelihood, Request
 
 WORDS = ["the", "harbour", "lay", "quiet", "under", "rain", "while", "ships", "came", "home", "from", "islands", "far", "away"]
 
@@ -63,7 +65,7 @@ def naive(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, context: s
 def test_multiple_choice_is_the_likeliest_choice(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tmp_path: Path, batch_tokens: int
 ) -> None:
-    found = tasks.run_task(model, tokenizer, write(tmp_path / "quiz.jsonl", CHOICES), None, batch_tokens)
+    found = tasks.run_task(Loaded(model, batch_tokens), tokenizer, write(tmp_path / "quiz.jsonl", CHOICES))
     sums = [[naive(model, tokenizer, i["query"], " " + c)[0] for c in i["choices"]] for i in CHOICES]
     by_character = [
         [value / len(c) for value, c in zip(row, i["choices"], strict=True)] for row, i in zip(sums, CHOICES, strict=True)
@@ -76,7 +78,7 @@ def test_multiple_choice_is_the_likeliest_choice(
 
 
 def test_hellaswag_is_judged_by_characters(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
-    found = tasks.run_task(model, tokenizer, write(tmp_path / "hellaswag.jsonl", CHOICES), None, 4096)
+    found = tasks.run_task(Loaded(model, 4096), tokenizer, write(tmp_path / "hellaswag.jsonl", CHOICES))
     assert found.metric == "acc_norm"
     assert found.value == pytest.approx(found.metrics["acc_norm"])
 
@@ -84,7 +86,7 @@ def test_hellaswag_is_judged_by_characters(model: PreTrainedModel, tokenizer: Pr
 def test_partial_context_is_the_context_that_makes_the_continuation_likeliest(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
-    found = tasks.run_task(model, tokenizer, write(tmp_path / "winogrande.jsonl", CONTEXTS), None, 4096)
+    found = tasks.run_task(Loaded(model, 4096), tokenizer, write(tmp_path / "winogrande.jsonl", CONTEXTS))
     sums = [[naive(model, tokenizer, c, f" {i['continuation']}")[0] for c in i["context_options"]] for i in CONTEXTS]
     assert found.correct == tuple(int(row.index(max(row)) == i["gold"]) for row, i in zip(sums, CONTEXTS, strict=True))
 
@@ -92,14 +94,14 @@ def test_partial_context_is_the_context_that_makes_the_continuation_likeliest(
 def test_a_cloze_is_right_when_it_is_what_greedy_decoding_writes(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
-    items = []
+    rows = []
     for start in range(40):
         context = words(start, 4)
         greedy = likelihood.continue_greedily(model, torch.tensor([tokenizer(context + " ")["input_ids"]]), 1)
-        items.append({"context": context, "continuation": str(tokenizer.decode(greedy[0].tolist())) if start % 2 else "a"})
-    items = [item for item in items if item["continuation"].isalnum()]
-    found = tasks.run_task(model, tokenizer, write(tmp_path / "cloze.jsonl", items), None, 4096)
-    expected = [naive(model, tokenizer, item["context"], " " + item["continuation"]) for item in items]
+        rows.append({"context": context, "continuation": str(tokenizer.decode(greedy[0].tolist())) if start % 2 else "a"})
+    rows = [row for row in rows if row["continuation"].isalnum()]
+    found = tasks.run_task(Loaded(model, 4096), tokenizer, write(tmp_path / "cloze.jsonl", rows))
+    expected = [naive(model, tokenizer, item["context"], " " + item["continuation"]) for item in rows]
     assert found.correct == tuple(int(greedy) for _, greedy in expected)
     assert found.metrics["perplexity"] == pytest.approx(
         float(torch.tensor([-log_prob for log_prob, _ in expected], dtype=torch.float64).mean().exp())
@@ -115,7 +117,7 @@ def test_letters_of_one_question_share_a_forward_pass(model: PreTrainedModel, mo
         return original(model, ids_BT)
 
     monkeypatch.setattr(likelihood, "hidden_states", counted)
-    requests = [likelihood.Request((1, 2, 3), (letter,)) for letter in range(65, 69)]
+    requests = [Request((1, 2, 3), (letter,)) for letter in range(65, 69)]
     scored = likelihood.score(model, requests, 4096, "letters")
     assert rows == [1]
     assert len({value.log_prob for value in scored}) == 4
@@ -127,8 +129,8 @@ def test_spaces_that_end_a_context_belong_to_the_continuation(tokenizer: PreTrai
 
 def test_a_limit_takes_items_from_the_whole_file(tmp_path: Path) -> None:
     path = write(tmp_path / "t.jsonl", [{"context": f"c{i}", "continuation": "x"} for i in range(11)])
-    assert [item.pairs[0][0] for item in tasks.read_items(path, 3)] == ["c0", "c5", "c10"]
-    assert len(tasks.read_items(path)) == 11
+    assert [item.pairs[0][0] for item in items.read_items(path, 3)] == ["c0", "c5", "c10"]
+    assert len(items.read_items(path)) == 11
 
 
 @pytest.mark.parametrize(
@@ -147,7 +149,7 @@ def test_a_bad_item_is_named_by_file_and_line(tmp_path: Path, line: str) -> None
     path = tmp_path / "bad.jsonl"
     path.write_text('{"context": "c", "continuation": "x"}\n\n' + line + "\n")
     with pytest.raises(DataError, match=r"bad\.jsonl:3: expected"):
-        tasks.read_items(path)
+        items.read_items(path)
 
 
 def test_task_files_are_found_and_pools_of_examples_are_not(tmp_path: Path) -> None:
@@ -164,12 +166,66 @@ def test_an_empty_or_unreadable_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "empty.jsonl").write_text("\n")
     (tmp_path / "binary.jsonl").write_bytes(b"\xff\xfe")
     with pytest.raises(DataError, match="no items"):
-        tasks.read_items(tmp_path / "empty.jsonl")
+        items.read_items(tmp_path / "empty.jsonl")
     with pytest.raises(DataError, match="UTF-8"):
-        tasks.read_items(tmp_path / "binary.jsonl")
+        items.read_items(tmp_path / "binary.jsonl")
 
 
 def test_the_demo_task_is_whole() -> None:
-    items = tasks.read_items(Path(__file__).parent.parent / "examples" / "tasks" / "lambada.jsonl")
-    assert len(items) == 200
-    assert all(item.cloze for item in items)
+    found = items.read_items(Path(__file__).parent.parent / "examples" / "tasks" / "lambada.jsonl")
+    assert len(found) == 200
+    assert {item.kind for item in found} == {"cloze"}
+
+
+def test_a_problem_is_right_when_its_number_is_stated() -> None:
+    problem = items.Item((("Question: q\nAnswer:", " 1,000 + 8 = 1,008\n#### 1,008"),), 0, "problem", final="1008")
+    assert problem.judge_text(" It is 1,008.\n#### 1,008\n\n") == {"exact_match": 1.0, "flexible_match": 1.0}
+    assert problem.judge_text(" so that makes $1,008.") == {"exact_match": 0.0, "flexible_match": 1.0}
+    assert problem.judge_text(" #### 10081") == {"exact_match": 0.0, "flexible_match": 0.0}
+    assert problem.judge_text("") == {"exact_match": 0.0, "flexible_match": 0.0}
+
+
+def test_problems_are_written_out_as_one_at_a_time(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prompts of unequal lengths share a batch, end at a stop string, and are judged in their order."""
+    prompts = [words(i, 1 + 3 * i % 7) for i in range(6)]
+    stops = ["e"]
+    together = Loaded(model, 10_000).generate(prompts, stops, 24, tokenizer, "test")
+    for prompt, text in zip(prompts, together, strict=True):
+        ids = torch.tensor([tokenizer(prompt)["input_ids"]])
+        alone = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=24, do_sample=False)  # type: ignore[operator]
+        assert text == str(tokenizer.decode(alone[0, ids.shape[1] :], skip_special_tokens=True)).split("e")[0]
+    path = write(tmp_path / "sums.jsonl", [{"question": str(i), "answer": f"#### {i}", "final": str(i)} for i in range(5)])
+    monkeypatch.setattr(Loaded, "generate", lambda self, prompts, *_: [f"#### {len(p) and p[10]}" for p in prompts[:4]] + [""])
+    found = tasks.run_task(Loaded(model, 1), tokenizer, path)
+    assert (found.metric, found.correct) == ("exact_match", (1, 1, 1, 1, 0))
+
+
+def test_examples_of_the_subject_stand_before_a_question(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for subject, name in (("sea_life", "mmlu_dev_fewshot"), ("trees", "mmlu_dev_fewshot"), ("trees", "mmlu_test")):
+        path = tmp_path / f"{name}.jsonl"
+        rows = [{"subject": subject, "query": f"{subject} {i}?", "choices": ["A", "B"], "gold": i % 2} for i in range(3)]
+        path.write_text((path.read_text() if path.exists() else "") + "".join(json.dumps(row) + "\n" for row in rows))
+    asked: list[Request] = []
+    original = Loaded.score
+
+    def spied(self: Loaded, requests: Sequence[Request], description: str) -> list[Likelihood]:
+        asked.extend(requests)
+        return original(self, requests, description)
+
+    monkeypatch.setattr(Loaded, "score", spied)
+    tasks.run_task(Loaded(model, 4096), tokenizer, tmp_path / "mmlu_test.jsonl", shots=2)
+    about = "The following are multiple choice questions (with answers) about trees.\n\n"
+    assert tokenizer.decode(list(asked[0].context[1:])) == f"{about}trees 0? A\n\ntrees 1? B\n\ntrees 0?"
+    asked.clear()
+    tasks.run_task(Loaded(model, 4096), tokenizer, tmp_path / "mmlu_test.jsonl", shots=0)
+    assert tokenizer.decode(list(asked[0].context[1:])) == "trees 0?"
+
+
+def test_a_file_of_two_kinds_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path / "mixed.jsonl", [CHOICES[0], {"context": "c", "continuation": "x"}])
+    with pytest.raises(DataError, match=r"mixed\.jsonl: holds items of the kinds choice and cloze"):
+        items.read_items(path)

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from restore.evaluation.results import (
     PositionCurve,
     TaskScore,
 )
+from restore.page import html_page
 
 NATIVE, STRETCHED, RESTORED = 3.4, 4.4, 3.5  # nats a token
 
@@ -143,6 +145,10 @@ def test_the_headline_says_what_was_kept_and_what_it_cost(
     assert "78.3% of the native short-task score kept stretched 51.7%" in text
     assert "4,259,840 training tokens 65 steps, 5 minutes, 3.0 GiB at most" in text
     assert "10 steps at 777 tokens a second" in text
+    reached = replace(restoration, served_limit=4096, trained_on="NVIDIA H200")
+    text = Text(write(tmp_path, found, restoration=reached, steps=steps)[1]).text
+    assert "4,096 tokens served longest length that meets every limit" in text
+    assert "3.0 GiB at most, NVIDIA H200" in text
     assert "divergence from native attention, by layer" in text
 
 
@@ -204,11 +210,18 @@ def test_the_model_card_tells_what_was_done(found: EvaluationReport, restoration
         assert piece in card
     assert f"{found.models[2].scores.perplexity[8192]:.2f}" in card
     assert "--force" not in card
+    assert "Training took" not in card
+    assert "Training took 2 minutes." in report.model_card(replace(restoration, trained_s=140.0), found)
+    assert (report.duration(40), report.duration(7200)) == ("40 seconds", "2.0 hours")
 
 
-def test_the_card_of_a_forced_or_unmeasured_export_says_so(restoration: report.Restoration) -> None:
-    forced = report.Restoration(**{**restoration.__dict__, "forced": True})
-    assert "published with `--force`" in report.model_card(forced)
+def test_a_forced_or_unmeasured_export_says_so(found: EvaluationReport, restoration: report.Restoration) -> None:
+    missed = replace(restoration, failures=("perplexity at 8192 = 99.00, limit 30.00",))
+    card = report.model_card(missed, found)
+    assert "published with `--force`" in card
+    assert "- perplexity at 8192 = 99.00, limit 30.00" in card
+    for page in (report.markdown(found, missed), Text(html_page(found, missed)).text):
+        assert "perplexity at 8192 = 99.00, limit 30.00" in page
     assert "Nothing was measured" in report.model_card(restoration)
 
 

@@ -1,11 +1,10 @@
-"""Is one model better than another on the very same items: retention, paired tests, and how far a model can be served."""
+"""Is one model better than another on the very same items: ratios and paired tests."""
 
 import math
 from collections.abc import Sequence
 
 import numpy as np
 
-from ard_serve.artifact import Scores
 from restore.evaluation.results import Comparison, Evaluation
 
 _BOOTSTRAP_DRAWS = 10_000
@@ -34,7 +33,7 @@ def paired_bootstrap(before: Sequence[float], after: Sequence[float], seed: int 
 
 
 def compare(reference: Evaluation, model: Evaluation) -> list[Comparison]:
-    """Every figure both models have: tasks by McNemar, perplexity by a paired bootstrap over windows, their mean."""
+    """Every figure both models have: tasks by McNemar; perplexity and retrieval by a paired bootstrap."""
     pairs = [(score, other) for score in reference.tasks if (other := model.task(score.name)) is not None]
     rows: list[tuple[str, float, float, float | None]] = [
         (score.name, score.value, other.value, mcnemar(score.correct, other.correct))
@@ -51,6 +50,17 @@ def compare(reference: Evaluation, model: Evaluation) -> list[Comparison]:
             paired = len(window.window_nll) == len(other_window.window_nll) > 1
             p_value = paired_bootstrap(window.window_nll, other_window.window_nll) if paired else None
             result.append(_row(reference, model, f"perplexity at {window.length}", window.value, other_window.value, p_value))
+    documents = {score.title: score for score in model.sliding}
+    for score in reference.sliding:
+        if (other_score := documents.get(score.title)) is not None:
+            p_value = paired_bootstrap(score.nll, other_score.nll) if len(score.nll) == len(other_score.nll) > 1 else None
+            result.append(_row(reference, model, score.title, score.value, other_score.value, p_value))
+    for task, length in dict.fromkeys((needle.task, needle.length) for needle in reference.needles):
+        before_samples, after_samples = reference.needle_samples(length, task), model.needle_samples(length, task)
+        if len(before_samples) == len(after_samples) > 0:
+            p_value = paired_bootstrap(before_samples, after_samples) if len(before_samples) > 1 else None
+            means = reference.needle(length, task), model.needle(length, task)
+            result.append(_row(reference, model, f"{task} at {length}", *means, p_value))
     return result
 
 
@@ -59,19 +69,3 @@ def _row(reference: Evaluation, model: Evaluation, what: str, before: float, aft
     return Comparison(
         reference=reference.name, model=model.name, what=what, before=before, after=after, ratio=ratio, p_value=p_value
     )
-
-
-def served_limit(native: Scores, restored: Scores, native_window: int, tolerance: float = 0.1) -> int | None:
-    """The longest measured length up to which the restored model's perplexity stays within `tolerance` of the native one's.
-
-    A length beyond the native window is held to the longest native measurement inside it: more context must not be worse
-    than what the native model does with the window it was trained on.
-    """
-    inside = [length for length in native.perplexity if length <= native_window]
-    limit = None
-    for length in sorted(restored.perplexity):
-        anchor = length if length in inside else max(inside, default=None)
-        if anchor is None or restored.perplexity[length] > (1 + tolerance) * native.perplexity[anchor]:
-            break
-        limit = length
-    return limit

@@ -4,33 +4,30 @@ Needs the package `lm-eval`, which the extra `harness` installs.
 """
 
 from collections.abc import Iterator, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-from ard_serve.console import track
 from ard_serve.errors import DataError, UsageError
-from restore.evaluation.likelihood import Request, score
+from restore.evaluation.reader import Reader, Request
 from restore.evaluation.results import TaskScore
 from restore.evaluation.tasks import NORMALIZED
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
 _METRICS = ("acc", "exact_match", "acc_norm", "f1")
 _NEW_TOKENS = 256
 
 
 def run_harness(
-    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", names: Sequence[str], limit: int | None, batch_tokens: int
+    reader: Reader, tokenizer: "PreTrainedTokenizerBase", names: Sequence[str], limit: int | None
 ) -> list[TaskScore]:
     """Score a model on the harness's tasks; a group such as mmlu counts as one task.
 
     Args:
         names: task or group names, or YAML files that define one.
         limit: at most this many items of each task.
-        batch_tokens: tokens of one forward pass.
 
     Raises:
         UsageError: lm-eval is not installed, or it knows no such task.
@@ -48,7 +45,7 @@ def run_harness(
         raise UsageError(f"harness: lm-eval knows no task '{unknown[0]}'; `lm-eval ls tasks` lists them")
     try:
         found = simple_evaluate(
-            _language_model(model, tokenizer, batch_tokens), tasks=wanted, task_manager=manager, limit=limit, bootstrap_iters=0
+            _language_model(reader, tokenizer), tasks=wanted, task_manager=manager, limit=limit, bootstrap_iters=0
         )
     except (OSError, ValueError, KeyError) as error:
         raise DataError(f"harness = {', '.join(wanted)}: {' '.join(str(error).split())}") from None
@@ -74,8 +71,8 @@ def _task_score(name: str, samples: Sequence[dict[str, Any]]) -> TaskScore:
     return TaskScore(name=name, metric=metric, metrics=metrics, correct=tuple(int(sample[metric]) for sample in samples))
 
 
-def _language_model(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", batch_tokens: int) -> Any:
-    """The harness's view of a loaded model; a class inside a function, since its base may not be installed."""
+def _language_model(reader: Reader, tokenizer: "PreTrainedTokenizerBase") -> Any:
+    """The harness's view of a reader; a class inside a function, since its base may not be installed."""
     from lm_eval.api.model import TemplateLM
 
     class Batched(TemplateLM):  # type: ignore[misc]
@@ -88,29 +85,26 @@ def _language_model(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBas
 
         def _loglikelihood_tokens(self, requests: Sequence[Any], **_: Any) -> list[tuple[float, bool]]:
             encoded = [Request(tuple(context), tuple(continuation)) for _, context, continuation in requests]
-            return [(found.log_prob, found.is_greedy) for found in score(model, encoded, batch_tokens, "harness")]
+            return [(found.log_prob, found.is_greedy) for found in reader.score(encoded, "harness")]
 
         def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
             raise UsageError("harness: perplexity tasks are not supported, `ard eval` measures perplexity itself")
 
         def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-            return [_generate(model, tokenizer, *request.args) for request in track(requests, "harness: generate")]
+            texts: dict[int, str] = {}
+            order = sorted(range(len(requests)), key=lambda index: str(_settings(requests[index])))
+            for (stops, new_tokens), same in groupby(order, key=lambda index: _settings(requests[index])):
+                indices = list(same)
+                contexts = [requests[index].args[0] for index in indices]
+                written = reader.generate(contexts, stops, new_tokens, tokenizer, "harness: generate")
+                texts.update(zip(indices, written, strict=True))
+            return [texts[index] for index in range(len(requests))]
 
     return Batched()
 
 
-@torch.inference_mode()
-def _generate(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", context: str, settings: dict[str, Any]) -> str:
-    """The greedy continuation up to the first of the stop strings."""
-    stops = [settings["until"]] if isinstance(settings.get("until"), str) else list(settings.get("until", []))
-    ids = tokenizer(context, return_tensors="pt").to(model.device)
-    written = model.generate(  # type: ignore[operator]
-        **ids,
-        do_sample=False,
-        max_new_tokens=settings.get("max_gen_toks", _NEW_TOKENS),
-        stop_strings=stops or None,
-        tokenizer=tokenizer,
-        pad_token_id=tokenizer.eos_token_id,
-    )
-    text = str(tokenizer.decode(written[0, ids["input_ids"].shape[1] :], skip_special_tokens=True))
-    return min((text.split(stop)[0] for stop in stops if stop), key=len, default=text)
+def _settings(request: Any) -> tuple[tuple[str, ...], int]:
+    """Stop strings and token limit of a request to generate."""
+    settings = request.args[1]
+    stops = settings.get("until", [])
+    return tuple([stops] if isinstance(stops, str) else filter(None, stops)), int(settings.get("max_gen_toks", _NEW_TOKENS))

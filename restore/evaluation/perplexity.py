@@ -4,17 +4,17 @@ Windows of every length end at the same places of the same documents, so what di
 and never the text that is predicted.
 """
 
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from ard_serve.console import Bar
 from ard_serve.errors import DataError
-from restore.evaluation.likelihood import hidden_states, token_log_probs
+from restore.evaluation.reader import Reader
 from restore.evaluation.results import PerplexityScore, PositionCurve
 
 _TAIL_TOKENS = 1024
@@ -51,10 +51,7 @@ def _cut(ids: np.ndarray, bos: Sequence[int], end: int, length: int) -> Tensor:
     return torch.tensor([*bos, *ids[end - length + len(bos) : end].tolist()])
 
 
-@torch.inference_mode()
-def measure(
-    model: PreTrainedModel, windows: dict[int, Tensor], batch_tokens: int, bar: Bar
-) -> tuple[list[PerplexityScore], PositionCurve]:
+def measure(reader: Reader, windows: dict[int, Tensor], bar: Bar) -> tuple[list[PerplexityScore], PositionCurve]:
     """Perplexity of each length over its last min(1024, length / 2) tokens, and by position in the longest windows.
 
     The curve samples at most 256 positions of each bucket. `bar` advances by the tokens read.
@@ -62,12 +59,14 @@ def measure(
     scores, curve = [], None
     for length, ids_WT in sorted(windows.items()):
         buckets = position_buckets(length)
-        tail = torch.arange(length - min(_TAIL_TOKENS, length // 2), length)
+        tail = np.arange(length - min(_TAIL_TOKENS, length // 2), length)
         sampled = [_spread(start, end) for start, end in pairwise(buckets)] if length == max(windows) else []
-        nll = _nll(model, ids_WT, [tail, *sampled], batch_tokens, bar)
-        scores.append(PerplexityScore(length=length, window_nll=tuple(nll[0].mean(1).tolist())))
+        groups = [tail, *sampled]
+        nll = -reader.log_probs(ids_WT.tolist(), np.concatenate(groups).tolist(), bar.advance)
+        last_nll, *sampled_nll = np.split(nll, np.cumsum([len(group) for group in groups])[:-1], axis=1)
+        scores.append(PerplexityScore(length=length, window_nll=tuple(last_nll.mean(1).tolist())))
         if sampled:
-            curve = PositionCurve(edges=buckets, perplexity=tuple(float(part.mean().clamp(max=700).exp()) for part in nll[1:]))
+            curve = PositionCurve(edges=buckets, perplexity=tuple(math.exp(min(part.mean(), 700)) for part in sampled_nll))
     assert curve is not None, "windows hold at least one length"
     return scores, curve
 
@@ -79,18 +78,5 @@ def position_buckets(length: int) -> tuple[int, ...]:
     return (1, *sorted(edge for edge in edges if edge < length), length)
 
 
-def _spread(start: int, end: int) -> Tensor:
-    return torch.linspace(start, end - 1, min(_BUCKET_SAMPLES, end - start), dtype=torch.float64).long()
-
-
-def _nll(model: PreTrainedModel, ids_WT: Tensor, groups: Sequence[Tensor], batch_tokens: int, bar: Bar) -> list[Tensor]:
-    """Negative log-likelihood [W, len(group)] in float64 of the tokens at each group of positions."""
-    positions = torch.cat(list(groups))
-    rows = []
-    for batch_BT in torch.split(ids_WT, max(1, batch_tokens // ids_WT.shape[1])):
-        hidden_BTC = hidden_states(model, batch_BT)
-        for ids_T, hidden_TC in zip(batch_BT, hidden_BTC, strict=True):
-            log_probs, _ = token_log_probs(model, hidden_TC[positions.to(hidden_TC.device) - 1], ids_T[positions])
-            rows.append(-log_probs.double())
-        bar.advance(batch_BT.numel())
-    return list(torch.split(torch.stack(rows), [len(group) for group in groups], dim=1))
+def _spread(start: int, end: int) -> np.ndarray:
+    return np.linspace(start, end - 1, min(_BUCKET_SAMPLES, end - start)).astype(int)

@@ -1,7 +1,7 @@
 """What an evaluation found, for one model and for several side by side: the schema of evaluation.json."""
 
 import math
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -34,6 +34,23 @@ class PositionCurve(_Record):
 
     edges: tuple[int, ...]
     perplexity: tuple[float, ...]
+
+
+class SlidingScore(_Record):
+    """Perplexity of whole documents: short ones at once, long ones through a sliding window of `length` tokens."""
+
+    documents: Literal["short", "long"]
+    length: int
+    nll: tuple[float, ...] = Field(description="mean negative log-likelihood of each document, in nats a token")
+
+    @property
+    def value(self) -> float:
+        return math.exp(min(_mean(self.nll), 700.0))
+
+    @property
+    def title(self) -> str:
+        window = f"sliding over {self.length:,} tokens, " if self.documents == "long" else "whole, "
+        return f"perplexity, {window}{self.documents} documents"
 
 
 class NeedleScore(_Record):
@@ -70,8 +87,10 @@ class Evaluation(_Record):
     """Everything measured on one model."""
 
     name: str
+    server: str | None = Field(None, description="URL of the server that was asked, where the model was not loaded")
     perplexity: tuple[PerplexityScore, ...] = ()
     by_position: PositionCurve | None = None
+    sliding: tuple[SlidingScore, ...] = ()
     needles: tuple[NeedleScore, ...] = ()
     tasks: tuple[TaskScore, ...] = ()
     seconds: float = 0.0
@@ -88,7 +107,11 @@ class Evaluation(_Record):
 
     def needle(self, length: int, task: str = "single") -> float:
         """Exact match of one needle task at one length, the mean over depths and samples."""
-        return _mean([s for n in self.needles if (n.task, n.length) == (task, length) for s in n.samples])
+        return _mean(self.needle_samples(length, task))
+
+    def needle_samples(self, length: int, task: str = "single") -> tuple[float, ...]:
+        """Every sample of one needle task at one length, depth after depth."""
+        return tuple(sample for n in self.needles if (n.task, n.length) == (task, length) for sample in n.samples)
 
     def task(self, name: str) -> TaskScore | None:
         return next((score for score in self.tasks if score.name == name), None)
@@ -129,5 +152,5 @@ def mean_stderr(values: tuple[float, ...] | tuple[int, ...]) -> float | None:
     return math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1) / len(values))
 
 
-def _mean(values: tuple[float, ...] | tuple[int, ...] | list[float]) -> float:
+def _mean(values: tuple[float, ...] | tuple[int, ...]) -> float:
     return sum(values) / len(values) if values else math.nan

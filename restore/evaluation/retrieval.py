@@ -5,14 +5,11 @@ from functools import partial
 from itertools import groupby, product
 from pathlib import Path
 
-import torch
-from transformers import PreTrainedModel
-
 from ard_serve.console import progress
 from restore.evaluation.config import EvalConfig, NeedleTask
 from restore.evaluation.haystack import Haystack, Prompt
-from restore.evaluation.likelihood import continue_greedily
 from restore.evaluation.needles import needle_prompt
+from restore.evaluation.reader import Reader
 from restore.evaluation.reading import Reading
 from restore.evaluation.results import NeedleScore
 
@@ -20,7 +17,7 @@ from restore.evaluation.results import NeedleScore
 _Maker = Callable[[int, float, int], Prompt]
 
 
-def measure(model: PreTrainedModel, haystack: Haystack, config: EvalConfig, name: str) -> list[NeedleScore]:
+def measure(reader: Reader, haystack: Haystack, config: EvalConfig, name: str) -> list[NeedleScore]:
     """Score `config.needle_samples` prompts of each task, length and depth.
 
     Raises:
@@ -31,8 +28,9 @@ def measure(model: PreTrainedModel, haystack: Haystack, config: EvalConfig, name
     with progress(f"{name}: needles", sum(length for _, length, _ in cells) * config.needle_samples) as bar:
         for (task, make), length, depth in cells:
             prompts = [make(length, depth, sample) for sample in range(config.needle_samples)]
-            samples = _answer(model, haystack, prompts, config.batch_tokens, lambda: bar.advance(length))  # noqa: B023
+            samples = _answer(reader, haystack, prompts)
             scores.append(NeedleScore(task=task, length=length, depth=depth, samples=tuple(samples)))
+            bar.advance(length * len(prompts))
     return scores
 
 
@@ -50,19 +48,17 @@ def _needle(haystack: Haystack, task: NeedleTask, seed: int, length: int, depth:
     return needle_prompt(haystack, task, length, depth, sample, seed)
 
 
-def _answer(
-    model: PreTrainedModel, haystack: Haystack, prompts: Sequence[Prompt], batch_tokens: int, advance: Callable[[], None]
-) -> list[float]:
-    """Score each prompt's greedy continuation; prompts of one shape run together, without padding."""
+def _answer(reader: Reader, haystack: Haystack, prompts: Sequence[Prompt]) -> list[float]:
+    """Score each prompt's greedy continuation; prompts of one shape are asked together, without padding."""
     scores: dict[int, float] = {}
-    order = sorted(range(len(prompts)), key=lambda index: (len(prompts[index].ids), prompts[index].new_tokens))
-    for _, same in groupby(order, key=lambda index: (len(prompts[index].ids), prompts[index].new_tokens)):
+    order = sorted(range(len(prompts)), key=lambda index: _shape(prompts[index]))
+    for (_, new_tokens), same in groupby(order, key=lambda index: _shape(prompts[index])):
         indices = list(same)
-        rows = max(1, batch_tokens // len(prompts[indices[0]].ids))
-        for at in range(0, len(indices), rows):
-            batch = [prompts[index] for index in indices[at : at + rows]]
-            written = continue_greedily(model, torch.tensor([prompt.ids for prompt in batch]), batch[0].new_tokens)
-            for index, ids in zip(indices[at : at + rows], written, strict=True):
-                scores[index] = prompts[index].score(haystack.decode(ids.tolist()))
-                advance()
+        written = reader.continue_greedily([prompts[index].ids for index in indices], new_tokens)
+        for index, ids in zip(indices, written, strict=True):
+            scores[index] = prompts[index].score(haystack.decode(ids))
     return [scores[index] for index in range(len(prompts))]
+
+
+def _shape(prompt: Prompt) -> tuple[int, int]:
+    return len(prompt.ids), prompt.new_tokens

@@ -1,47 +1,22 @@
-"""Short tasks from local JSONL files, scored by likelihood as lm-evaluation-harness scores them.
+"""Short tasks, scored as lm-evaluation-harness scores them: by likelihood, or by the number that a model comes to."""
 
-A file is one task; its items are of one kind, told by their fields:
-  cloze            {"context", "continuation"}                 right when greedy decoding writes " " + continuation
-  multiple choice  {"query", "choices", "gold"}                the most likely " " + choice after the query
-  partial context  {"context_options", "continuation", "gold"} the context under which " " + continuation is most likely
-"""
-
-import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
+from typing import TYPE_CHECKING
 
 from ard_serve.errors import DataError
-from restore.evaluation.likelihood import Likelihood, Request, score
+from restore.evaluation.items import Item, read_items
+from restore.evaluation.reader import Reader, Request
 from restore.evaluation.results import TaskScore
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
 # Where the harness's own headline divides a choice's log-likelihood by its length in characters.
 NORMALIZED = frozenset({"hellaswag", "arc_challenge", "openbookqa"})
-_SKIPPED = "fewshot"
-
-
-@dataclass(frozen=True)
-class Item:
-    """One question as (context, continuation) pairs; `gold` is the right one, `cloze` asks whether the only one is greedy."""
-
-    pairs: tuple[tuple[str, str], ...]
-    gold: int
-    cloze: bool
-
-    def judge(self, likelihoods: Sequence[Likelihood]) -> dict[str, float]:
-        """The item's metrics: acc, acc_norm (by characters of the choice), or acc and nll for a cloze."""
-        if self.cloze:
-            return {"acc": float(likelihoods[0].is_greedy), "nll": -likelihoods[0].log_prob}
-        by_sum = [likelihood.log_prob for likelihood in likelihoods]
-        by_character = [value / (len(text) - 1) for value, (_, text) in zip(by_sum, self.pairs, strict=True)]
-        return {"acc": float(np.argmax(by_sum) == self.gold), "acc_norm": float(np.argmax(by_character) == self.gold)}
+_POOL = "fewshot"
+_STOPS, _NEW_TOKENS = ("Question:", "</s>", "<|im_end|>"), 256
 
 
 def find_tasks(sources: Sequence[str]) -> list[Path]:
@@ -53,7 +28,7 @@ def find_tasks(sources: Sequence[str]) -> list[Path]:
     files: list[Path] = []
     for source in map(Path, sources):
         found = [source] if source.is_file() else sorted(source.glob("*.jsonl"))
-        files += [file for file in found if _SKIPPED not in file.stem]
+        files += [file for file in found if _POOL not in file.stem]
         if not found:
             raise DataError(f"{source}: neither a task file nor a folder with .jsonl files")
     names = [file.stem for file in files]
@@ -62,62 +37,37 @@ def find_tasks(sources: Sequence[str]) -> list[Path]:
     return files
 
 
-def read_items(path: Path, limit: int | None = None) -> list[Item]:
-    """Read a task file; of more than `limit` items take that many, evenly spread.
-
-    Raises:
-        DataError: names the file and line of an item that is of no known kind.
-    """
-    try:
-        lines = [(number, line) for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1) if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: not readable as UTF-8 text ({error})") from None
-    if not lines:
-        raise DataError(f"{path}: the file holds no items")
-    chosen = np.linspace(0, len(lines) - 1, min(limit or len(lines), len(lines))).astype(int)
-    return [_parse(path, *lines[index]) for index in chosen]
-
-
-def _parse(path: Path, number: int, line: str) -> Item:
-    try:
-        item = _item(json.loads(line))
-        usable = 0 <= item.gold < len(item.pairs) and all(a.strip() and b.strip() for a, b in item.pairs)
-    except (ValueError, KeyError, TypeError, AttributeError):
-        usable = False
-    if not usable:
-        raise DataError(
-            f"{path}:{number}: expected context and continuation, query, choices and gold, "
-            "or context_options, continuation and gold"
-        )
-    return item
-
-
-def _item(fields: dict[str, Any]) -> Item:
-    if "choices" in fields:
-        pairs = [(fields["query"], " " + choice) for choice in fields["choices"]]
-    elif "context_options" in fields:
-        pairs = [(context, " " + fields["continuation"]) for context in fields["context_options"]]
-    else:
-        return Item(((fields["context"], " " + fields["continuation"]),), 0, cloze=True)
-    return Item(tuple(pairs), int(fields["gold"]), cloze=False)
-
-
 def run_task(
-    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", path: Path, limit: int | None, batch_tokens: int
+    reader: Reader, tokenizer: "PreTrainedTokenizerBase", path: Path, limit: int | None = None, shots: int = 0
 ) -> TaskScore:
-    """Score a model on one task file."""
-    items = read_items(path, limit)
-    requests = [encode_pair(tokenizer, *pair) for item in items for pair in item.pairs]
-    likelihoods = score(model, requests, batch_tokens, path.stem)
+    """Score a model on one task file, each question behind `shots` solved ones where a pool of examples lies beside it."""
+    before = _examples(path, shots)
+    items = [item.after(before.get(item.subject, "")) for item in read_items(path, limit)]
+    judged = (
+        _solve(reader, tokenizer, path.stem, items)
+        if items[0].kind == "problem"
+        else _weigh(reader, tokenizer, path.stem, items)
+    )
+    metrics = {name: sum(item[name] for item in judged) / len(judged) for name in judged[0]}
+    if "nll" in metrics:
+        metrics["perplexity"] = math.exp(min(metrics.pop("nll"), 700.0))
+    metric = "acc_norm" if path.stem in NORMALIZED and "acc_norm" in metrics else next(iter(metrics))
+    return TaskScore(name=path.stem, metric=metric, metrics=metrics, correct=tuple(int(item[metric]) for item in judged))
+
+
+def _solve(reader: Reader, tokenizer: "PreTrainedTokenizerBase", name: str, items: Sequence[Item]) -> list[dict[str, float]]:
+    prompts = [item.pairs[0][0] for item in items]
+    written = reader.generate(prompts, _STOPS, _NEW_TOKENS, tokenizer, name)
+    return [item.judge_text(text) for item, text in zip(items, written, strict=True)]
+
+
+def _weigh(reader: Reader, tokenizer: "PreTrainedTokenizerBase", name: str, items: Sequence[Item]) -> list[dict[str, float]]:
+    likelihoods = reader.score([encode_pair(tokenizer, *pair) for item in items for pair in item.pairs], name)
     judged, at = [], 0
     for item in items:
         judged.append(item.judge(likelihoods[at : at + len(item.pairs)]))
         at += len(item.pairs)
-    metrics = {name: sum(item[name] for item in judged) / len(judged) for name in judged[0]}
-    if "nll" in metrics:
-        metrics["perplexity"] = math.exp(min(metrics.pop("nll"), 700.0))
-    metric = "acc_norm" if path.stem in NORMALIZED and "acc_norm" in metrics else "acc"
-    return TaskScore(name=path.stem, metric=metric, metrics=metrics, correct=tuple(int(item[metric]) for item in judged))
+    return judged
 
 
 def encode_pair(tokenizer: "PreTrainedTokenizerBase", context: str, continuation: str) -> Request:
@@ -128,3 +78,21 @@ def encode_pair(tokenizer: "PreTrainedTokenizerBase", context: str, continuation
     whole = tokenizer(context + continuation)["input_ids"]
     read = len(tokenizer(context)["input_ids"])
     return Request(tuple(whole[:read]), tuple(whole[read:]))
+
+
+def _examples(task: Path, count: int) -> dict[str, str]:
+    """What stands before the questions of each subject: the first `count` examples of the pool, in MMLU's words.
+
+    The pool is the file in the task's folder with `fewshot` in its name that begins with the same word:
+    mmlu_dev_fewshot.jsonl for mmlu_subset.jsonl.
+    """
+    pools = sorted(task.parent.glob(f"{task.stem.partition('_')[0]}_*{_POOL}*.jsonl")) if count else []
+    solved: dict[str, list[str]] = {}
+    for item in read_items(pools[0]) if pools else ():
+        solved.setdefault(item.subject, []).append(item.solved)
+    return {subject: "".join(f"{part}\n\n" for part in (*_intro(subject), *parts[:count])) for subject, parts in solved.items()}
+
+
+def _intro(subject: str) -> tuple[str, ...]:
+    about = subject.replace("_", " ")
+    return (f"The following are multiple choice questions (with answers) about {about}.",) if subject else ()

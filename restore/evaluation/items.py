@@ -1,0 +1,108 @@
+"""Items of short tasks from local JSONL files.
+
+A file is one task; its items are of one kind, told by their fields:
+  cloze            {"context", "continuation"}                 right when greedy decoding writes " " + continuation
+  choice           {"query", "choices", "gold"}                the most likely " " + choice after the query
+  partial context  {"context_options", "continuation", "gold"} the context under which " " + continuation is most likely
+  problem          {"question", "answer", "final"}             the number the model comes to when it writes an answer itself
+"""
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from ard_serve.errors import DataError
+from restore.evaluation.reader import Likelihood
+
+# As lm-evaluation-harness finds the answer to a problem of GSM8K: where the examples put it, or the last number of all.
+_STATED, _LAST = re.compile(r"#### (-?[0-9.,]+)"), re.compile(r"-?[$0-9.,]{2,}|-?[0-9]+")
+
+
+@dataclass(frozen=True)
+class Item:
+    """One question as (context, continuation) pairs, of which number `gold` is right; `final` is a problem's number."""
+
+    pairs: tuple[tuple[str, str], ...]
+    gold: int
+    kind: Literal["cloze", "choice", "problem"]
+    subject: str = ""
+    final: str = ""
+
+    @property
+    def solved(self) -> str:
+        """Question and right answer, as an example for others."""
+        return "".join(self.pairs[self.gold])
+
+    def after(self, examples: str) -> "Item":
+        """The same question behind `examples`."""
+        return replace(self, pairs=tuple((examples + context, continuation) for context, continuation in self.pairs))
+
+    def judge(self, likelihoods: Sequence[Likelihood]) -> dict[str, float]:
+        """The item's metrics: acc and nll for a cloze, else acc and acc_norm (by characters of the choice)."""
+        if self.kind == "cloze":
+            return {"acc": float(likelihoods[0].is_greedy), "nll": -likelihoods[0].log_prob}
+        by_sum = [likelihood.log_prob for likelihood in likelihoods]
+        by_character = [value / (len(text) - 1) for value, (_, text) in zip(by_sum, self.pairs, strict=True)]
+        return {"acc": float(np.argmax(by_sum) == self.gold), "acc_norm": float(np.argmax(by_character) == self.gold)}
+
+    def judge_text(self, written: str) -> dict[str, float]:
+        """A problem's metrics: is its number stated behind ####, and is it the last number at all."""
+        numbers = (_STATED.search(written), (_LAST.findall(written) or [""])[-1])
+        stated, last = (_plain(numbers[0][1]) if numbers[0] else "", _plain(numbers[1]))
+        return {"exact_match": float(stated == _plain(self.final)), "flexible_match": float(last == _plain(self.final))}
+
+
+def read_items(path: Path, limit: int | None = None) -> list[Item]:
+    """Read a task file; of more than `limit` items take that many, evenly spread.
+
+    Raises:
+        DataError: names the file and line of an item that is of no known kind, or of another than the others.
+    """
+    try:
+        lines = [(number, line) for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1) if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: not readable as UTF-8 text ({error})") from None
+    if not lines:
+        raise DataError(f"{path}: the file holds no items")
+    chosen = np.linspace(0, len(lines) - 1, min(limit or len(lines), len(lines))).astype(int)
+    items = [_parse(path, *lines[index]) for index in chosen]
+    if len(kinds := sorted({item.kind for item in items})) > 1:
+        raise DataError(f"{path}: holds items of the kinds {' and '.join(kinds)}; make each kind a file of its own")
+    return items
+
+
+def _parse(path: Path, number: int, line: str) -> Item:
+    try:
+        item = _item(json.loads(line))
+        usable = 0 <= item.gold < len(item.pairs) and all(a.strip() and b.strip() for a, b in item.pairs)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        usable = False
+    if not usable:
+        raise DataError(
+            f"{path}:{number}: expected context and continuation; query, choices and gold; "
+            "context_options, continuation and gold; or question, answer and final"
+        )
+    return item
+
+
+def _item(fields: dict[str, Any]) -> Item:
+    subject = str(fields.get("subject", ""))
+    if "choices" in fields:
+        pairs = [(fields["query"], " " + choice) for choice in fields["choices"]]
+    elif "context_options" in fields:
+        pairs = [(context, " " + fields["continuation"]) for context in fields["context_options"]]
+    elif "final" in fields:
+        asked = (f"Question: {fields['question']}\nAnswer:", " " + fields["answer"])
+        return Item((asked,), 0, "problem", subject, str(fields["final"]))
+    else:
+        return Item(((fields["context"], " " + fields["continuation"]),), 0, "cloze", subject)
+    return Item(tuple(pairs), int(fields["gold"]), "choice", subject)
+
+
+def _plain(number: str) -> str:
+    return re.sub(r"[,$]|\.$", "", number)

@@ -1,0 +1,116 @@
+"""A study goes on where it stopped, measures what runs share once, and puts every finished run on record once."""
+
+import json
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from ard_serve import cli
+from restore.evaluate import Candidate
+from scripts import record_quality, study
+
+
+@pytest.fixture(scope="module")
+def settings(make_checkpoint: Callable[..., Path], texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    shared = {
+        "target_length": 512, "data": [str(texts)], "batch_tokens": 256, "window": 128, "long_window": 128, "rank": 2,
+        "steps": 2, "dtype": "fp32", "device": "cpu",
+    }  # fmt: skip
+    fields = {
+        "model": str(make_checkpoint("llama3")),
+        "restore": shared,
+        "evaluation": {"data": [str(texts)], "lengths": [64, 512], "windows": 2, "needle_samples": 0, "dtype": "fp32"},
+        "recipes": {"ours": {}, "paper": {"recipe": "linearard"}},
+        "rope_types": ["yarn", "linear"],
+        "seeds": [3, 4],
+    }
+    path = tmp_path_factory.mktemp("study") / "study.yaml"
+    path.write_text(yaml.safe_dump(fields))
+    return path
+
+
+def test_every_recipe_runs_once_before_the_next_seed(settings: Path, tmp_path: Path) -> None:
+    work = study.Work(study.Study.resolve(settings, {}), tmp_path, tmp_path, "command", 0.0)
+    runs = dict(work.runs())
+    assert list(runs)[:4] == ["ours-yarn-3", "paper-yarn-3", "ours-linear-3", "paper-linear-3"]
+    assert len(runs) == 8
+    assert (runs["paper-linear-4"].recipe, runs["paper-linear-4"].rope_type, runs["paper-linear-4"].seed) == (
+        "linearard",
+        "linear",
+        4,
+    )
+    assert runs["paper-linear-4"].out == tmp_path / "paper-linear-4"
+
+
+def test_a_study_is_done_in_pieces(settings: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured: list[str] = []
+    original = Candidate.measure
+
+    def counted(self: Candidate, config: Any) -> Any:
+        measured.append(self.name)
+        return original(self, config)
+
+    # In this process and without vLLM; as a command a restoration takes 10 s more.
+    monkeypatch.setattr("restore.export.verify_rotary", lambda *_: None)
+    monkeypatch.setattr(study.Work, "ard", lambda self, *words: cli.main(words))
+    monkeypatch.setattr(Candidate, "measure", counted)
+    words = [str(settings), "--out", str(tmp_path / "work"), "--results", str(tmp_path)]
+    assert study.main([*words, "--minutes", "0"]) == study.MORE_TO_DO
+    monkeypatch.setattr(study.Work, "runs", lambda self, all_runs=study.Work.runs: list(all_runs(self))[:2])
+    assert study.main(words) == 0
+    assert measured == ["native", "stretched", "restored", "restored"], "what two runs share is measured once"
+    results = next(tmp_path.glob("quality-*.json"))
+    assert study.main(words) == 0
+    entries = json.loads(results.read_text())["runs"]
+    assert [entry["remark"] for entry in entries] == ["ours-yarn-3", "paper-yarn-3"]
+    assert len(measured) == 4
+    native, stretched, restored = entries[1]["rows"]
+    assert (native["recipe"], stretched["recipe"], restored["recipe"]) == ("native", "none", "linearard")
+    assert (restored["seed"], restored["steps"], restored["rope"]) == (3, 2, "yarn")
+    assert restored["ppl"].keys() == {"64", "512"}
+    assert (tmp_path / "work" / "ours-yarn-3" / "report.html").exists()
+
+
+def test_a_run_that_diverges_is_left_out_and_any_other_mistake_ends_the_study(
+    settings: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    def diverges_once(self: study.Work, *words: str) -> int:
+        asked.append(words[2])
+        return 6 if len(asked) == 1 else 4
+
+    monkeypatch.setattr(study.Work, "ard", diverges_once)
+    words = [str(settings), "--out", str(tmp_path), "--results", str(tmp_path)]
+    assert study.main(words) == 3
+    assert [Path(name).stem for name in asked] == ["ours-yarn-3", "paper-yarn-3"]
+    assert (tmp_path / "ours-yarn-3.failed").exists()
+    study.main(words)
+    assert [Path(name).stem for name in asked][2:] == ["paper-yarn-3"]
+
+
+def test_results_of_another_machine_are_merged_once(tmp_path: Path) -> None:
+    here, there = tmp_path / "quality-x.json", tmp_path / "other.json"
+    first, second = ({"date": day, "settings": {"seed": 1}} for day in ("monday", "tuesday"))
+    record_quality.append(here, first)
+    record_quality.append(there, first)
+    record_quality.append(there, second)
+    for entry in record_quality.read(there):
+        record_quality.append(here, entry)
+    assert record_quality.read(here) == [first, second]
+
+
+def test_a_command_is_stopped_when_the_piece_is_over(settings: Path, tmp_path: Path) -> None:
+    work = study.Work(study.Study.resolve(settings, {}), tmp_path, tmp_path, "command", time.monotonic())
+    assert work.ard("eval", "--help") == -signal.SIGTERM
+
+
+def test_the_example_is_a_study() -> None:
+    example = study.Study.resolve(study.ROOT / "examples" / "study-smollm2.yaml", {})
+    names = [name for name, _ in study.Work(example, Path("out"), Path("out"), "", 0.0).runs()]
+    assert "linearard-linear-2" in names

@@ -200,9 +200,11 @@ def test_a_plan_counts_exactly_and_costs_no_prefill(gateway: Gateway) -> None:
     assert engine_metric(gateway, "vllm:request_success_total") - before < 5  # canaries
 
 
+@pytest.mark.slow
 @pytest.mark.fault("S17")
 @pytest.mark.parametrize("stream", [True, False])
 def test_leaving_frees_the_engines_slot_within_a_second(gateway: Gateway, stream: bool) -> None:
+    """On two cores the engine can starve this process for longer than its answer takes; CI has the scripted engine's test."""
     with send(gateway, stream=stream, prompt=[1, 2], max_tokens=WINDOW - 10, ignore_eos=True):
         wait_for(lambda: engine_metric(gateway, "vllm:num_requests_running") == 1, 15)
     assert wait_for(lambda: engine_metric(gateway, "vllm:num_requests_running") == 0, 5) < 1.5

@@ -108,7 +108,7 @@ class Gateway:
     @property
     def url(self) -> str:
         if not self._url:
-            wait_for(lambda: "listening on" in self.stdout or self.process.poll() is not None, 30)
+            wait_for(lambda: "listening on" in self.stdout or self.process.poll() is not None)
             found = re.search(r"listening on (http://\S+),", self.stdout)
             assert found, f"the gateway did not start: {self.stderr[-2000:]}"
             self._url = found.group(1)
@@ -134,7 +134,7 @@ class Gateway:
         with self.client() as client:
             return client.get(path).status_code
 
-    def until_ready(self, timeout_s: float = 30) -> "Gateway":
+    def until_ready(self, timeout_s: float = 60) -> "Gateway":
         wait_for(lambda: self.status("/readyz") == 200, timeout_s)
         return self
 
@@ -149,7 +149,7 @@ class Gateway:
         assert found, f"{name} is not in /metrics"
         return float(found.group(1))
 
-    def wait(self, timeout_s: float = 20) -> int:
+    def wait(self, timeout_s: float = 60) -> int:
         return self.process.wait(timeout_s)
 
     def stop(self, number: signal.Signals = signal.SIGTERM) -> int:
@@ -199,8 +199,8 @@ def gateways(tmp: Path) -> Iterator[StartGateway]:
                 gateway.process.wait()
 
 
-def wait_for(condition: Callable[[], bool], timeout_s: float) -> float:
-    """Poll until `condition` holds; seconds waited."""
+def wait_for(condition: Callable[[], bool], timeout_s: float = 60) -> float:
+    """Poll until `condition` holds; seconds waited. A shorter timeout is for a bound that is itself the promise."""
     started = time.monotonic()
     while not condition():
         waited_s = time.monotonic() - started

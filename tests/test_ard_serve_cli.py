@@ -15,6 +15,7 @@ HELP_LIMIT_S = 0.5
 RESTORE = ["restore", "m", "--target-length", "9000", "--data", "d", "--out", "o"]
 
 
+@pytest.mark.timing
 @pytest.mark.parametrize("words", [(), *((name,) for name in COMMANDS), ("loadtest", "--predict"), ("loadtest", "--compare")])
 def test_help_is_fast_and_loads_no_framework(words: tuple[str, ...]) -> None:
     """The best of a few tries counts: what is bounded is our own import time, not the machine's load."""

@@ -68,6 +68,7 @@ async def test_events_split_anywhere_are_put_together() -> None:
     assert b"Bearer secret" in received[0]
 
 
+@pytest.mark.timing
 async def test_gaps_are_those_of_the_wire() -> None:
     async with server(0.1, CHUNKED, chunk(event(" a")), 0.2, chunk(event(" b")), chunk(b"data: [DONE]\n\n") + chunk(b"")) as (
         address,
@@ -88,6 +89,7 @@ async def test_token_that_is_no_whole_character_yet_counts_and_a_role_does_not()
     assert len(exchange.token_times_s) == 2
 
 
+@pytest.mark.timing
 @pytest.mark.fault("L4")
 @pytest.mark.parametrize(
     ("pieces", "outcome"),
@@ -132,6 +134,7 @@ async def test_cancelling_keeps_what_was_seen_and_closes_the_connection() -> Non
     assert seen.text == " a"
 
 
+@pytest.mark.timing
 async def test_sending_process_returns_what_a_cancelled_stream_had_seen() -> None:
     seen = Exchange()
     async with server(CHUNKED, chunk(event(" a")), 30.0) as (address, _), sender_pool(1) as pool:
@@ -160,6 +163,7 @@ async def test_server_is_addressed_as_a_host_header_writes_it() -> None:
     assert parse_address("http://[::1]:8000").authority == "[::1]:8000"
 
 
+@pytest.mark.timing
 async def test_bias_is_small_at_few_streams() -> None:
     bias = await measure_bias(8, 512, 32)
     assert bias.requests == 8
@@ -167,6 +171,7 @@ async def test_bias_is_small_at_few_streams() -> None:
     assert bias.itl_p50_ms == pytest.approx(bias.true_itl_ms, abs=3)
 
 
+@pytest.mark.timing
 async def test_bias_of_one_stream_is_that_of_a_warm_client_over_several_requests() -> None:
     bias = await measure_bias(1, 64, 2)
     assert bias.requests == 4

@@ -54,6 +54,7 @@ def result_of(out: Path) -> RunResult:
     return RunResult.model_validate_json((out / "result.json").read_bytes())
 
 
+@pytest.mark.timing
 def test_grid_measures_the_truth_and_writes_every_file(start_mock: StartMock, tmp_path: Path) -> None:
     url = start_mock(ttft_ms=100, itl_ms=20)
     assert run(config(url, tmp_path, report=True)) == 0
@@ -94,6 +95,7 @@ def test_prompts_are_exact_and_never_alike(start_mock: StartMock, tmp_path: Path
     assert all(len(line["gaps_ms"]) == line["events"] - 1 for line in lines if line["outcome"] == "ok")
 
 
+@pytest.mark.timing
 def test_defaults_follow_the_window_and_cross_the_preemption_point(start_mock: StartMock, tmp_path: Path) -> None:
     url = start_mock(ttft_ms=50, itl_ms=40, max_model_len=2200, kv_blocks=258)
     assert run(config(url, tmp_path, lengths=(), concurrencies=())) == 0
@@ -142,6 +144,7 @@ def test_refusals_and_errors_are_counted_apart(start_mock: StartMock, tmp_path: 
     assert any("3 of 12 requests failed" in flag for flag in cell.flags)
 
 
+@pytest.mark.timing
 @pytest.mark.fault("L2")
 def test_timeouts_are_counted_apart(start_mock: StartMock, tmp_path: Path) -> None:
     url = start_mock(ttft_ms=5, itl_ms=1, fault="stall", fault_every=3, fault_after=2)
@@ -151,6 +154,7 @@ def test_timeouts_are_counted_apart(start_mock: StartMock, tmp_path: Path) -> No
     assert cell.outcomes == {"ok": 4, "timeout": 2}
 
 
+@pytest.mark.timing
 @pytest.mark.fault("L3")
 def test_open_loop_shows_late_sends_behind_a_stall(start_mock: StartMock, tmp_path: Path) -> None:
     url = start_mock(ttft_ms=5, itl_ms=1, fault="stall", fault_every=1000, fault_after=3)
@@ -241,6 +245,7 @@ def test_repeats_ask_at_the_depths_that_are_left(start_mock: StartMock, tmp_path
     assert alone.accuracy_by_depth == loaded.accuracy_by_depth
 
 
+@pytest.mark.timing
 def test_answers_that_go_wrong_under_load_raise_an_alarm(start_mock: StartMock, tmp_path: Path) -> None:
     url = start_mock(ttft_ms=30, itl_ms=5, fault="wrong_under_load")
     assert run(config(url, tmp_path, lengths=(256,), requests_per_cell=8)) == 0
@@ -266,6 +271,7 @@ def test_plain_server_is_measured_by_text(start_mock: StartMock, tmp_path: Path,
     assert all(cell.memory.preemptions is None for cell in result.cells)
 
 
+@pytest.mark.timing
 def test_trace_is_replayed_with_its_lengths(start_mock: StartMock, tmp_path: Path) -> None:
     trace = tmp_path / "trace.jsonl"
     lines = [{"timestamp": 200 * n, "input_length": 200 + 10 * n, "output_length": 4 + n} for n in range(6)]
@@ -311,6 +317,7 @@ def test_length_beyond_the_window_says_what_would_fit(start_mock: StartMock, tmp
         run(config(start_mock(max_model_len=512), tmp_path, lengths=(512,)))
 
 
+@pytest.mark.timing
 @pytest.mark.fault("L1")
 def test_several_sending_processes_measure_the_same_truth(start_mock: StartMock, tmp_path: Path) -> None:
     url = start_mock(ttft_ms=100, itl_ms=20)

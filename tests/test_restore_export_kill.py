@@ -63,6 +63,7 @@ def snapshot(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
+@pytest.mark.timing
 @pytest.mark.fault("E1")
 def test_kill_at_any_time_leaves_the_old_export_or_the_new(forks: Forks, tmp_path: Path) -> None:
     out = tmp_path / "out"

@@ -112,6 +112,7 @@ async def test_long_prompts_leave_room_in_the_batch_for_short_ones() -> None:
     assert door.long_prefills == 0
 
 
+@pytest.mark.timing
 async def test_short_requests_overtake_a_blocked_long_one_but_not_for_ever() -> None:
     door = admission(queue_timeout_s=0.4)
     inside = Guest(door, 500, prompt_tokens=5)

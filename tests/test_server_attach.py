@@ -58,7 +58,7 @@ def test_requests_wait_for_an_attached_engine_that_comes_back(
         with_death = threading.Thread(target=complete, args=(gateway,), kwargs={"script": {"end": "die"}})
         with_death.start()
     with_death.join()
-    wait_for(lambda: gateway.status("/readyz") == 503, 5)
+    wait_for(lambda: gateway.status("/readyz") == 503)
     with running_engine(FAKE_ENGINE, port, tmp_path / "log"):
         gateway.until_ready()
         assert complete(gateway).status_code == 200

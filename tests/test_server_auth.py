@@ -38,6 +38,7 @@ def test_everything_else_does_not(tmp_path: Path, header: str | None) -> None:
     assert caught.value.status == 401
 
 
+@pytest.mark.timing
 @pytest.mark.fault("S15")
 def test_a_near_right_key_takes_as_long_as_a_wrong_one(tmp_path: Path) -> None:
     """Medians of many interleaved tries; the hash alone already hides how near a key is."""
@@ -71,6 +72,7 @@ def test_a_broken_key_file_is_a_usage_error_that_names_the_place(tmp_path: Path,
         read_key_file(path)
 
 
+@pytest.mark.timing
 def test_quotas_refill_and_survive_a_reload(tmp_path: Path) -> None:
     path = tmp_path / "keys.toml"
     path.write_text(f'[keys.a]\nsha256 = "{hash_key("a")}"\nkv_token_seconds_per_minute = 6000\n')

@@ -40,7 +40,13 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StartGateway]:
 @pytest.fixture(scope="module")
 def open_gateway(start: StartGateway) -> Gateway:
     """A gateway without keys."""
-    return start(max_body_bytes=20_000, header_timeout_s=1, body_timeout_s=1, request_timeout_s=4).until_ready()
+    return start(max_body_bytes=20_000).until_ready()
+
+
+@pytest.fixture(scope="module")
+def hasty_gateway(start: StartGateway) -> Gateway:
+    """One whose patience a test can outwait."""
+    return start(header_timeout_s=1, body_timeout_s=1, request_timeout_s=4).until_ready()
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +104,7 @@ def test_a_stream_passes_through_byte_for_byte(open_gateway: Gateway) -> None:
     assert response.headers["content-type"].startswith("text/event-stream")
 
 
+@pytest.mark.timing
 def test_events_are_passed_on_as_they_come(open_gateway: Gateway) -> None:
     body = {"prompt": PROMPT, "stream": True, "user": json.dumps({"tokens": 5, "gap_s": 0.2})}
     with open_gateway.client() as client, client.stream("POST", "/v1/completions", json=body) as response:
@@ -127,15 +134,15 @@ def test_request_ids_go_through_and_a_mad_one_is_replaced(open_gateway: Gateway)
     assert replaced.headers["x-request-id"].startswith("req-")
 
 
+@pytest.mark.timing
 @pytest.mark.fault("S17")
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_leaves_frees_its_slot_within_a_second(open_gateway: Gateway, stream: bool) -> None:
-    before = len(open_gateway.engine_events("cancelled"))
-    with send(open_gateway, stream=stream, script={"tokens": 100, "gap_s": 0.1}):
-        time.sleep(0.3)
-    waited_s = wait_for(lambda: len(open_gateway.engine_events("cancelled")) == before + 1, 3)
-    assert waited_s < 1
-    wait_for(lambda: open_gateway.metric("ard_kv_reserved_tokens") == 0, 1)
+    started, cancelled = (len(open_gateway.engine_events(name)) for name in ("start", "cancelled"))
+    with send(open_gateway, stream=stream, script={"tokens": 1000, "gap_s": 0.1}):
+        wait_for(lambda: len(open_gateway.engine_events("start")) == started + 1)
+    wait_for(lambda: len(open_gateway.engine_events("cancelled")) == cancelled + 1, timeout_s=1)
+    wait_for(lambda: open_gateway.metric("ard_kv_reserved_tokens") == 0, timeout_s=1)
 
 
 @pytest.mark.fault("S4")
@@ -157,16 +164,18 @@ def test_the_openai_client_raises_on_a_failed_stream(open_gateway: Gateway) -> N
         list(client.completions.create(model="tiny", prompt="x", stream=True, user=user))
 
 
+@pytest.mark.timing
 @pytest.mark.fault("S5")
 @pytest.mark.parametrize("stream", [True, False])
-def test_a_request_ends_at_its_deadline(open_gateway: Gateway, stream: bool) -> None:
+def test_a_request_ends_at_its_deadline(hasty_gateway: Gateway, stream: bool) -> None:
     started = time.monotonic()
-    response = complete(open_gateway, stream=stream, script={"tokens": 1, "end": "hang"})
+    response = complete(hasty_gateway, stream=stream, script={"tokens": 1, "end": "hang"})
     assert 3.5 < time.monotonic() - started < 6
     assert response.status_code == (200 if stream else 504)
     assert "deadline_exceeded" in response.text
 
 
+@pytest.mark.timing
 @pytest.mark.fault("S10")
 @pytest.mark.parametrize("declared", [True, False])
 def test_a_body_over_the_limit_is_refused_without_being_read(open_gateway: Gateway, declared: bool) -> None:
@@ -180,6 +189,7 @@ def test_a_body_over_the_limit_is_refused_without_being_read(open_gateway: Gatew
     assert time.monotonic() - started < 3
 
 
+@pytest.mark.timing
 @pytest.mark.fault("S11")
 @pytest.mark.parametrize(
     "sent",
@@ -190,8 +200,8 @@ def test_a_body_over_the_limit_is_refused_without_being_read(open_gateway: Gatew
     ],
     ids=["silence", "half a header", "half a body"],
 )
-def test_a_slow_sender_is_answered_408_at_the_limit(open_gateway: Gateway, sent: bytes) -> None:
-    with socket.create_connection(("127.0.0.1", open_gateway.port), timeout=5) as connection:
+def test_a_slow_sender_is_answered_408_at_the_limit(hasty_gateway: Gateway, sent: bytes) -> None:
+    with socket.create_connection(("127.0.0.1", hasty_gateway.port), timeout=5) as connection:
         connection.sendall(sent)
         started = time.monotonic()
         answer = connection.makefile("rb").read()
@@ -320,14 +330,15 @@ def test_logs_hold_neither_prompts_nor_keys(keyed_gateway: Gateway) -> None:
         assert secret not in text
 
 
+@pytest.mark.timing
 @pytest.mark.fault("S8")
 def test_a_full_server_says_429_at_once(start: StartGateway) -> None:
     gateway = start(queue_size=1).until_ready()  # 65 blocks of 16 tokens, one of them vLLM's own: 1024 tokens
-    slow = {"first_s": 3}
+    slow = {"first_s": 5}
     threads = [threading.Thread(target=complete, args=(gateway,), kwargs={"max_tokens": 500, "script": slow}) for _ in range(3)]
     for thread in threads:
         thread.start()
-    wait_for(lambda: gateway.metric('ard_queue_length{lane="short"}') == 1, 3)
+    wait_for(lambda: gateway.metric('ard_queue_length{lane="short"}') == 1)
     started = time.monotonic()
     response = complete(gateway, max_tokens=500)
     elapsed_s = time.monotonic() - started
@@ -341,9 +352,9 @@ def test_a_full_server_says_429_at_once(start: StartGateway) -> None:
 def test_a_client_that_stops_reading_ends_at_its_deadline(start: StartGateway) -> None:
     gateway = start(request_timeout_s=1.5).until_ready()
     with send(gateway, stream=True, max_tokens=500, script={"tokens": 200_000}):
-        wait_for(lambda: bool(gateway.engine_events("start")), 3)
-        wait_for(lambda: bool(gateway.engine_events("cancelled")), 6)
-        wait_for(lambda: gateway.metric("ard_requests_in_flight") == 0, 3)
+        wait_for(lambda: bool(gateway.engine_events("start")))
+        wait_for(lambda: bool(gateway.engine_events("cancelled")))
+        wait_for(lambda: gateway.metric("ard_requests_in_flight") == 0)
 
 
 def test_a_thousand_disconnects_leak_nothing(open_gateway: Gateway, tmp_path: Path) -> None:
@@ -362,11 +373,11 @@ def test_a_thousand_disconnects_leak_nothing(open_gateway: Gateway, tmp_path: Pa
             await asyncio.gather(*(leave() for _ in range(20)))
 
     asyncio.run(leave_many(40))
-    wait_for(lambda: open_gateway.metric("ard_requests_in_flight") == 0, 5)
+    wait_for(lambda: open_gateway.metric("ard_requests_in_flight") == 0)
     before = len(list(fds.iterdir()))
     asyncio.run(leave_many(1000))
-    wait_for(lambda: open_gateway.metric("ard_requests_in_flight") == 0, 5)
-    wait_for(lambda: len(list(fds.iterdir())) <= before + 2, 5)
+    wait_for(lambda: open_gateway.metric("ard_requests_in_flight") == 0)
+    wait_for(lambda: len(list(fds.iterdir())) <= before + 2)
     assert open_gateway.metric("ard_kv_reserved_tokens") == 0
 
 

@@ -94,6 +94,7 @@ def test_a_flipped_bit_is_found_where_there_is_a_manifest(tmp_path: Path) -> Non
         check_model(ServeConfig(model=folder))
 
 
+@pytest.mark.timing
 @pytest.mark.fault("S1")
 def test_the_server_ends_with_3_within_ten_seconds_and_no_engine_starts(start: StartGateway, tmp_path: Path) -> None:
     folder = write_export(tmp_path / "export")

@@ -123,7 +123,7 @@ async def _serve(
             server.should_exit = True
         await asyncio.gather(serving, engine, return_exceptions=True)
         await keeper.stop(_STOP_GRACE_S)
-        await keeper.watch.upstream.close()
+        keeper.watch.upstream.close()
         if traces:
             traces.close()
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from ard_serve.errors import UsageError
 from server.config import ServeConfig
-from server.upstream import UpstreamError
+from server.connection import UpstreamError
 from server.watch import Watch
 
 log = logging.getLogger("server.attachment")

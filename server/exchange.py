@@ -3,23 +3,24 @@
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Protocol
 
-import aiohttp
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from server.admission import Admission, Ticket
 from server.auth import Caller
 from server.call import Call, CallLimits
+from server.connection import Connection, UpstreamError
 from server.errors import ApiError, unavailable
 from server.metrics import Metrics
 from server.pace import Pace
 from server.sizing import Sized, size
 from server.traces import Trace
-from server.upstream import Upstream, UpstreamError
+from server.upstream import Upstream
 
 _LAST_WORDS_S = 1
 _STREAM_HEADERS = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache", "x-accel-buffering": "no"}
@@ -67,32 +68,39 @@ class Exchange(Response):
         self._started_at = self._last_event_at = time.monotonic()
         self._work: asyncio.Task[None] | None = None
         self._abort_error: ApiError | None = None
+        self._client_left = False
 
     @property
     def duration_s(self) -> float:
         return time.monotonic() - self._started_at
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        self._work = asyncio.create_task(self._serve(send))
-        gone = asyncio.create_task(_disconnected(receive))
+        self._work = asyncio.current_task()
+        watch = asyncio.create_task(self._watch_client(receive))
         try:
-            await asyncio.wait({self._work, gone}, return_when=asyncio.FIRST_COMPLETED)
-            if not self._work.done():
-                if self.outcome != "ok":
-                    self.outcome = "client_left"
-                self._work.cancel()
-            await asyncio.gather(self._work, return_exceptions=True)
-            if not self._work.cancelled() and (error := self._work.exception()):
-                raise error
+            await self._serve(send)
+        except asyncio.CancelledError:
+            if not self._client_left:
+                raise
         finally:
-            gone.cancel()
-            self._work.cancel()
+            watch.cancel()
+            self._work = None
             self._services.on_end(self)
 
     def abort(self, error: ApiError) -> None:
         """End now, telling the client why."""
-        if self._work and not self._work.done() and not self._abort_error:
+        if self._work and not self._abort_error:
             self._abort_error = error
+            self._work.cancel()
+
+    async def _watch_client(self, receive: Receive) -> None:
+        """End the work when the client leaves; after the last event that is no failure."""
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        if self._work:
+            self._client_left = True
+            if self.outcome != "ok":
+                self.outcome = "client_left"
             self._work.cancel()
 
     async def _serve(self, send: Send) -> None:
@@ -107,7 +115,7 @@ class Exchange(Response):
         except UpstreamError:
             error = unavailable("the engine failed while it worked on this request; try again", "engine_failed")
         except asyncio.CancelledError:
-            if not self._abort_error:
+            if not self._abort_error or self._client_left:
                 raise
             error = self._abort_error
         self.outcome = error.code
@@ -123,11 +131,12 @@ class Exchange(Response):
             self._services.metrics.queue_wait.labels(_lane(ticket)).observe(self.duration_s)
             try:
                 onward = self.trace.headers if self.trace else {}
-                async with upstream.open("POST", self.call.kind.path, sized.payload, self.request_id, onward) as response:
-                    if self.call.stream and response.status == 200:
-                        await self._relay(response.content.iter_any(), ticket, send)
+                asked = upstream.ask("POST", self.call.kind.path, sized.payload, self.request_id, onward)
+                with closing(await asked) as answer:
+                    if self.call.stream and answer.status == 200:
+                        await self._relay(answer, ticket, send)
                     else:
-                        await self._forward(response, ticket, send)
+                        await self._forward(answer, ticket, send)
             except UpstreamError:
                 self._engine.suspect()  # before the slot is free: the next in the queue must not run into the same engine
                 raise
@@ -136,28 +145,32 @@ class Exchange(Response):
                 self.caller.charge(kv_token_seconds)
                 self._services.metrics.kv_token_seconds.labels(self.caller.name).inc(kv_token_seconds)
 
-    async def _forward(self, response: aiohttp.ClientResponse, ticket: Ticket, send: Send) -> None:
-        body = await response.read()
-        if response.status >= 500:
-            raise UpstreamError(f"status {response.status}")
+    async def _forward(self, answer: Connection, ticket: Ticket, send: Send) -> None:
+        body = await answer.read()
+        if answer.status >= 500:
+            raise UpstreamError(f"status {answer.status}")
         self._first_event(ticket)
-        self.outcome = "ok" if response.status < 400 else "refused_by_engine"
-        content_type = response.headers.get("content-type", "application/json")
-        await self._start(response.status, {"content-type": content_type, "content-length": str(len(body))}, send)
+        self.outcome = "ok" if answer.status < 400 else "refused_by_engine"
+        content_type = answer.content_type or "application/json"
+        await self._start(answer.status, {"content-type": content_type, "content-length": str(len(body))}, send)
         await send({"type": "http.response.body", "body": body})
 
-    async def _relay(self, chunks: AsyncIterator[bytes], ticket: Ticket, send: Send) -> None:
-        """Pass whole events on as they come. Bytes after an error or the last event are not passed on."""
-        await self._start(200, _STREAM_HEADERS, send)
+    async def _relay(self, answer: Connection, ticket: Ticket, send: Send) -> None:
+        """Pass whole events on as they come. Bytes after an error or the last event are not passed on.
+
+        The head goes with the first event: until then a failure has a status of its own, and a balancer may try elsewhere.
+        """
         pending = b""
-        async for chunk in chunks:
-            pending += chunk
+        while piece := await answer.piece():
+            pending += piece
             end = pending.rfind(b"\n\n") + 2
             if end < 2:
                 continue
             events, pending = pending[:end], pending[end:]
             if not events.startswith(_BEFORE_PREFILL):
                 self._count_event(ticket)
+            if not self.status:
+                await self._start(200, _STREAM_HEADERS, send)
             if (cut := _end_of_error(events)) is not None:
                 self.outcome = "engine_error"
                 self._engine.suspect()
@@ -202,11 +215,6 @@ class Exchange(Response):
         self._last_event_at = now
         self.events += 1
         self._engine.heard()
-
-
-async def _disconnected(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
 
 
 def _lane(ticket: Ticket) -> str:

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import socket
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
@@ -34,6 +34,31 @@ def bind(host: str, port: int) -> socket.socket:
     return listener
 
 
+class _Corked:
+    """A transport that joins what is written in one turn of the event loop: a system call costs more than a short event."""
+
+    def __init__(self, transport: asyncio.Transport) -> None:
+        self._transport, self._loop = transport, asyncio.get_running_loop()
+        self._parts: list[bytes] = []
+
+    def write(self, data: bytes) -> None:
+        if not self._parts:
+            self._loop.call_soon(self._flush)
+        self._parts.append(data)
+
+    def close(self) -> None:
+        self._flush()
+        self._transport.close()
+
+    def _flush(self) -> None:
+        if self._parts:
+            self._transport.write(b"".join(self._parts))
+            self._parts.clear()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+
 def protocol(header_timeout_s: float) -> type[HttpToolsProtocol]:
     """A protocol that closes a connection whose request headers take longer than `header_timeout_s` seconds."""
 
@@ -41,7 +66,7 @@ def protocol(header_timeout_s: float) -> type[HttpToolsProtocol]:
         _header_timer: asyncio.TimerHandle | None = None
 
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-            super().connection_made(transport)
+            super().connection_made(cast(asyncio.Transport, _Corked(transport)))
             self._expect_headers()
 
         def data_received(self, data: bytes) -> None:

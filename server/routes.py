@@ -10,18 +10,22 @@ from fastapi import FastAPI, Request
 from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from server.call import KINDS, Kind
+from server.connection import UpstreamError
 from server.errors import ApiError, unavailable
 from server.gateway import Gateway
-from server.upstream import UpstreamError
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
 _DISCARD_S = 1
 
 
 def build_app(gateway: Gateway) -> FastAPI:
-    """The application. A route that is not here does not exist, with or without a key."""
+    """The application. A route that is not here does not exist, with or without a key.
+
+    Generation is listed for its method and its place in the list; `FastLane` answers it before FastAPI sees it.
+    """
     app = FastAPI(title="ard serve", docs_url=None, redoc_url=None, openapi_url=None)
     app.get("/livez")(gateway.live)
     app.get("/readyz")(gateway.ready)
@@ -38,6 +42,7 @@ def build_app(gateway: Gateway) -> FastAPI:
     app.exception_handler(HTTPException)(_http_error)
     app.exception_handler(ClientDisconnect)(_client_left)
     app.exception_handler(Exception)(_bug)
+    app.add_middleware(FastLane, gateway)
     app.add_middleware(RequestIds)
     return app
 
@@ -70,6 +75,27 @@ class RequestIds:
             await send(message)
 
         await self._app(scope, receive, send_with_id)
+
+
+class FastLane:
+    """Answers generation without FastAPI's routing, which would take a third of what such a request costs."""
+
+    def __init__(self, app: ASGIApp, gateway: Gateway) -> None:
+        self._app, self._gateway = app, gateway
+        self._kinds = {kind.path: kind for kind in KINDS}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        kind = self._kinds.get(scope["path"]) if scope["method"] == "POST" else None
+        if kind is None:
+            return await self._app(scope, receive, send)
+        request = Request(scope, receive)
+        try:
+            answer: Response = await self._gateway.generate(request, kind)
+        except ApiError as error:
+            answer = await _api_error(request, error)
+        except ClientDisconnect:
+            return None
+        return await answer(scope, receive, send)
 
 
 def _endpoint(gateway: Gateway, kind: Kind) -> Callable[[Request], Awaitable[Response]]:

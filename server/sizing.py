@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from server.call import CHAT, COMPLETION, RESPONSES, Call, CallLimits
+from server.connection import UpstreamError
 from server.errors import ApiError, bad_request
-from server.upstream import Upstream, UpstreamError
+from server.upstream import Upstream
 
 # A byte-level tokenizer makes at most one token of a byte, so a short body is bounded well enough without counting.
 _COUNT_FROM_BYTES = 1024

@@ -7,9 +7,10 @@ import time
 
 from server.admission import Admission, Capacity
 from server.config import ServeConfig
+from server.connection import UpstreamError
 from server.health import Health
 from server.metrics import Metrics, engine_sample
-from server.upstream import Upstream, UpstreamError
+from server.upstream import Upstream
 
 _POLL_S = 0.2
 _SCRAPE_TIMEOUT_S = 2

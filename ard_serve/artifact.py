@@ -48,7 +48,7 @@ class BaseModelRecord(_Record):
 class RopeRecord(_Record):
     """The positions the export was made for; config.json carries the full RoPE parameters."""
 
-    rope_type: Literal["linear", "yarn", "llama3", "theta", "longrope"]
+    rope_type: Literal["linear", "yarn", "llama3", "theta", "longrope", "none"]
     factor: float
     target_length: int
     parameters: dict[str, Any]

@@ -1,13 +1,14 @@
 """Every setting of a restoration, in one place: the fields of a config file and the flags of `ard restore`."""
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from ard_serve.settings import Settings
 from restore.evaluation.config import EvalConfig, GateConfig
-from restore.rope import RopeType
+from restore.rope import RopePlan, RopeType, plan_rope
 
 Objective = Literal["self_relation", "attention", "logits", "lm"]
 
@@ -29,8 +30,17 @@ class RestoreConfig(Settings):
     out: Path = Field(description="folder for the exported model (OUT/model), the checkpoints and the report")
 
     native_window: PositiveInt | None = Field(None, description="tokens the model was trained on, when its config hides it")
-    rope_type: RopeType = Field("yarn", description="how positions are stretched: yarn, linear, llama3 or theta")
+    rope_type: RopeType = Field(
+        "yarn", description="how positions are stretched: yarn, linear, llama3, theta, longrope, or none (the control)"
+    )
     rope_theta: PositiveFloat | None = Field(None, description="raised RoPE base, for rope_type theta")
+    rope_factors: tuple[float, ...] | None = Field(
+        None,
+        description="divisor of each frequency of a head, for rope_type longrope; `python -m restore.rope_search` finds them",
+    )
+    rope_attention_factor: PositiveFloat | None = Field(
+        None, description="factor on queries and keys, for rope_type longrope; 0.1 ln(factor) + 1 when not given"
+    )
 
     recipe: Literal["default", "distill", "linearard", "cpt"] = Field(
         "default", description="named set of objective weights: default, distill, linearard (the paper's) or cpt"
@@ -86,6 +96,13 @@ class RestoreConfig(Settings):
         if self.alpha is not None and self.trainable == "full":
             raise ValueError("alpha belongs to trainable 'lora', this run trains full-rank deltas")
         return self
+
+    def plan_rope(self, base: Mapping[str, Any]) -> RopePlan:
+        """The stretch of a checkpoint with the config.json `base`; raises what `restore.rope.plan_rope` raises."""
+        return plan_rope(
+            dict(base), self.target_length, self.rope_type, self.native_window, self.rope_theta, self.rope_factors,
+            self.rope_attention_factor,
+        )  # fmt: skip
 
     @property
     def weights(self) -> dict[str, float]:

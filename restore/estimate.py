@@ -8,7 +8,6 @@ from restore.config import RestoreConfig
 from restore.forecast import BYTES_PER_TRAINED, forecast
 from restore.inspection import read_config, transformers_config
 from restore.loading import resolve
-from restore.rope import plan_rope
 from restore.trainer import plan_steps
 
 # A checkpoint holds adapters, the best adapters and two moments of each, in fp32; two of them are kept, and a third while
@@ -19,7 +18,7 @@ _CHECKPOINT_BYTES_PER_TRAINED, _CHECKPOINTS = 16, 3
 def run(config: RestoreConfig) -> int:
     """Print the estimate; returns the exit code, 0."""
     base = read_config(resolve(config.model))
-    rope = plan_rope(base, config.target_length, config.rope_type, config.native_window, config.rope_theta)
+    rope = config.plan_rope(base)
     plan, needed = plan_steps(config, rope), forecast(base, rope, config)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(transformers_config(base), dtype=torch.bfloat16)  # type: ignore[no-untyped-call]

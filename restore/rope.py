@@ -3,17 +3,19 @@
 Rotary position embeddings (RoPE, arXiv 2104.09864) turn each pair of channels by position x frequency. Stretching a native
 window L0 to a target length L1 changes the frequencies: `linear` divides them all by L1/L0 (arXiv 2306.15595), `yarn`
 divides only the slow ones and sharpens attention (arXiv 2309.00071), `llama3` is Llama 3.1's smooth variant of the same
-idea, `theta` raises the base (NTK-aware scaling, or ABF of arXiv 2309.16039). Everything here works on plain config
-dictionaries; the tables themselves are computed by transformers and vLLM.
+idea, `theta` raises the base (NTK-aware scaling, or ABF of arXiv 2309.16039), `longrope` divides each frequency by a factor
+of its own (arXiv 2402.13753), `none` changes nothing: the control that only learns the text. Everything here works on plain
+config dictionaries; the tables themselves are computed by transformers and vLLM.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from ard_serve.errors import ModelError, UsageError
 
-RopeType = Literal["yarn", "linear", "llama3", "theta"]
+RopeType = Literal["yarn", "linear", "llama3", "theta", "longrope", "none"]
 
 SUPPORTED_MODELS = ("llama", "mistral", "qwen2", "qwen3")
 DEFAULT_THETA = 10000.0
@@ -57,15 +59,19 @@ def plan_rope(
     rope_type: RopeType = "yarn",
     native_window: int | None = None,
     rope_theta: float | None = None,
+    rope_factors: Sequence[float] | None = None,
+    rope_attention_factor: float | None = None,
 ) -> RopePlan:
     """Plan the stretch of a checkpoint to `target_length` tokens.
 
     Args:
         config: the checkpoint's config.json.
-        target_length: tokens the restored model must serve; greater than the native window.
+        target_length: tokens the restored model must serve; greater than the native window, and equal to it for `none`.
         rope_type: how the frequencies change.
         native_window: tokens the checkpoint was trained on; found in the config unless a sliding window hides it.
         rope_theta: the raised base, for `theta` only; NTK-aware scaling by default.
+        rope_factors: for `longrope` only, what each of the D / 2 frequencies of a head is divided by, the fastest first.
+        rope_attention_factor: for `longrope` only, the factor on queries and keys; YaRN's 0.1 ln(factor) + 1 by default.
 
     Raises:
         ModelError: an unsupported architecture or RoPE, or RoPE fields no model can have.
@@ -73,17 +79,31 @@ def plan_rope(
     """
     native_parameters = read_rope(config)
     native_window = _native_window(config, native_window)
-    if not native_window < target_length <= _MAX_TARGET_TOKENS:
+    if rope_type == "none" and target_length != native_window:
+        raise UsageError(
+            f"target_length = {target_length}: rope_type 'none' stretches nothing, so it must be the native {native_window}"
+        )
+    if rope_type != "none" and not native_window < target_length <= _MAX_TARGET_TOKENS:
         raise UsageError(
             f"target_length = {target_length}: must be greater than the native window of {native_window} tokens "
             f"and at most {_MAX_TARGET_TOKENS}"
         )
     if rope_theta is not None and rope_type != "theta":
         raise UsageError(f"rope_theta = {rope_theta}: only rope_type 'theta' takes it, this run uses '{rope_type}'")
-    if (native_type := native_parameters["rope_type"]) != "default" and rope_type != "theta":
+    if (rope_factors is None) != (rope_type != "longrope"):
+        raise UsageError(
+            f"rope_type '{rope_type}' with{'out' if rope_factors is None else ''} rope_factors: 'longrope' needs them, no "
+            f"other type takes them; `python -m restore.rope_search` finds some"
+        )
+    if (native_type := native_parameters["rope_type"]) != "default" and rope_type not in ("theta", "none"):
         raise ModelError(
             f"the checkpoint's RoPE is already scaled ({native_type}); only rope_type 'theta' can stretch it further"
         )
+    if rope_factors is not None:
+        factors = _check_factors(rope_factors, head_dim(config) // 2)
+        stretched = target_length / native_window
+        parameters = _longrope(native_parameters, native_window, stretched, factors, rope_attention_factor)
+        return RopePlan(rope_type, native_window, target_length, native_parameters, parameters, target_length)
     parameters, max_positions = _stretch(
         native_parameters, rope_type, native_window, target_length, rope_theta, head_dim(config)
     )
@@ -170,6 +190,8 @@ def _stretch(
 ) -> tuple[dict[str, Any], int]:
     """Target `rope_parameters` and `max_position_embeddings`: which pairs work is measured in docs/rope.md."""
     factor, theta = target / window, float(native["rope_theta"])
+    if rope_type == "none":
+        return dict(native), window
     if rope_type == "linear":
         # vLLM multiplies max_position_embeddings by the factor and cuts the fraction off; never let it land below target.
         while int(window * factor) < target:
@@ -177,11 +199,10 @@ def _stretch(
         return {"rope_type": "linear", "rope_theta": theta, "factor": factor}, window
     original = {"rope_theta": theta, "factor": factor, "original_max_position_embeddings": window}
     if rope_type == "yarn":
-        attention_factor = 0.1 * math.log(factor) + 1.0
         return {
             "rope_type": "yarn",
             **original,
-            "attention_factor": attention_factor,
+            "attention_factor": _temperature(factor),
             "beta_fast": 32.0,
             "beta_slow": 1.0,
         }, target
@@ -193,6 +214,35 @@ def _stretch(
     if not math.isfinite(raised) or raised <= theta:
         raise UsageError(f"rope_theta = {raised}: must be finite and above the checkpoint's {theta}")
     return {**native, "rope_theta": raised}, target
+
+
+def _temperature(factor: float) -> float:
+    """YaRN's factor on queries and keys (arXiv 2309.00071)."""
+    return 0.1 * math.log(factor) + 1.0
+
+
+def _check_factors(factors: Sequence[float], count: int) -> list[float]:
+    if len(factors) != count:
+        raise UsageError(f"rope_factors: {len(factors)} of them, a head of this model turns {count} pairs of channels")
+    if bad := [factor for factor in factors if not (math.isfinite(factor) and factor > 0)]:
+        raise UsageError(f"rope_factors: {bad[0]} must be finite and above 0")
+    return [float(factor) for factor in factors]
+
+
+def _longrope(
+    native: dict[str, Any], window: int, stretched: float, factors: list[float], attention_factor: float | None
+) -> dict[str, Any]:
+    """`longrope` parameters that both engines read alike (docs/rope.md): one list for short and long, one temperature."""
+    temperature = _temperature(stretched) if attention_factor is None else attention_factor
+    return {
+        "rope_type": "longrope",
+        "rope_theta": float(native["rope_theta"]),
+        "factor": stretched,
+        "original_max_position_embeddings": window,
+        "short_factor": factors,
+        "long_factor": factors,
+        **dict.fromkeys(("attention_factor", "short_mscale", "long_mscale"), temperature),
+    }
 
 
 def write_rope(config: dict[str, Any], parameters: dict[str, Any], max_positions: int) -> dict[str, Any]:

@@ -17,12 +17,12 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from ard_serve.errors import ArdError, ModelError, UsageError
 from restore.inspection import transformers_config
-from restore.rope import RopeType, plan_rope, read_rope, served_length
+from restore.rope import RopePlan, RopeType, plan_rope, read_rope, served_length
 from restore.rotary_tables import sampled_positions
 from restore.verification import compare_tables, transformers_table
 
 MakeCheckpoint = Callable[..., Path]
-TYPES: tuple[RopeType, ...] = ("yarn", "linear", "llama3", "theta")
+TYPES: tuple[RopeType, ...] = ("yarn", "linear", "llama3", "theta", "longrope")
 NATIVE, TARGET = 4096, 32768
 # The model of the table in docs/rope.md.
 CONFIG: dict[str, Any] = {
@@ -62,6 +62,11 @@ ROWS: dict[str, tuple[int, dict[str, Any], int, bool]] = {
 }
 
 
+def plan(rope_type: RopeType, target: int = TARGET, **fields: Any) -> RopePlan:
+    """A stretch of CONFIG by any type; longrope by factors that rise."""
+    return plan_rope(CONFIG, target, rope_type, rope_factors=RISING if rope_type == "longrope" else None, **fields)
+
+
 def write_folder(folder: Path, config: dict[str, Any], tokenizer_from: Path) -> Path:
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config))
@@ -76,9 +81,7 @@ def folders(make_checkpoint: MakeCheckpoint, tmp_path_factory: pytest.TempPathFa
     root, tokenizer = tmp_path_factory.mktemp("rope"), make_checkpoint("llama3")
     written: dict[str, Path] = {}
     for rope_type in TYPES:
-        written[rope_type] = write_folder(
-            root / rope_type, plan_rope(CONFIG, TARGET, rope_type).target_config(CONFIG), tokenizer
-        )
+        written[rope_type] = write_folder(root / rope_type, plan(rope_type).target_config(CONFIG), tokenizer)
     for name, (positions, scaling, _, _) in ROWS.items():
         config = CONFIG | {"max_position_embeddings": positions, "rope_scaling": scaling}
         written[name] = write_folder(root / name.replace(" ", "-").replace(",", ""), config, tokenizer)
@@ -153,37 +156,36 @@ def test_frequencies_are_the_papers() -> None:
     """Linear divides all frequencies; NTK turns the slowest pair as linear does and the fastest not at all slower; YaRN keeps
     the fast pairs, divides the slow ones, and sharpens attention by 0.1 ln(factor) + 1 (arXiv 2309.00071)."""
     native = frequencies(CONFIG)
-    found: dict[str, torch.Tensor] = {
-        kind: frequencies(plan_rope(CONFIG, TARGET, kind).target_config(CONFIG)) for kind in TYPES
-    }
+    found: dict[str, torch.Tensor] = {kind: frequencies(plan(kind).target_config(CONFIG)) for kind in TYPES}
     torch.testing.assert_close(found["linear"], native / 8)
     torch.testing.assert_close(found["theta"][[0, -1]], torch.stack((native[0], native[-1] / 8)))
     turns = NATIVE * native / (2 * math.pi)
     for kind, fast, slow in (("yarn", 32.0, 1.0), ("llama3", 4.0, 1.0)):
         assert torch.allclose(found[kind][turns > 1.1 * fast], native[turns > 1.1 * fast])
         assert torch.allclose(found[kind][turns < 0.7 * slow], native[turns < 0.7 * slow] / 8)
-    assert plan_rope(CONFIG, TARGET, "yarn").parameters["attention_factor"] == pytest.approx(0.1 * math.log(8) + 1)
+    torch.testing.assert_close(found["longrope"], native / torch.tensor(RISING))
+    assert plan("yarn").parameters["attention_factor"] == pytest.approx(0.1 * math.log(8) + 1)
 
 
 @pytest.mark.parametrize("rope_type", TYPES)
 def test_written_config_says_the_same_in_all_three_keys(rope_type: RopeType) -> None:
-    plan = plan_rope(CONFIG, TARGET, rope_type)
-    written = plan.target_config(CONFIG)
+    planned = plan(rope_type)
+    written = planned.target_config(CONFIG)
     scaling = written["rope_scaling"] or {"rope_type": "default"}
-    assert written["rope_parameters"] == scaling | {"rope_theta": written["rope_theta"]} == plan.parameters
+    assert written["rope_parameters"] == scaling | {"rope_theta": written["rope_theta"]} == planned.parameters
     assert type(written["max_position_embeddings"]) is int
     assert written["max_position_embeddings"] == (NATIVE if rope_type == "linear" else TARGET)
     assert served_length(written) == TARGET
     assert "type" not in scaling
     # Through the file and back, as transformers reads it.
     read = AutoConfig.for_model(**json.loads(json.dumps(written)))
-    assert {key: read.rope_parameters[key] for key in plan.parameters} == plan.parameters
+    assert {key: read.rope_parameters[key] for key in planned.parameters} == planned.parameters
 
 
 @pytest.mark.parametrize("target", [5000, 12_345, 100_001])
 @pytest.mark.parametrize("rope_type", TYPES)
 def test_any_target_length_is_served_whole(rope_type: RopeType, target: int) -> None:
-    written = plan_rope(CONFIG, target, rope_type, native_window=3000).target_config(CONFIG)
+    written = plan(rope_type, target, native_window=3000).target_config(CONFIG)
     assert served_length(written) == target
     rope = written["rope_parameters"]
     if rope_type in ("linear", "yarn"):
@@ -196,6 +198,14 @@ def test_native_config_keeps_the_teachers_frequencies() -> None:
     assert native["rope_scaling"] is None
 
 
+def test_the_control_keeps_its_rope_and_its_length() -> None:
+    control = plan_rope(CONFIG, NATIVE, "none")
+    assert control.factor == 1
+    assert torch.equal(frequencies(control.target_config(CONFIG)), frequencies(CONFIG))
+    with pytest.raises(UsageError, match=f"must be the native {NATIVE}"):
+        plan_rope(CONFIG, TARGET, "none")
+
+
 def test_llama3_checkpoint_is_stretched_by_theta_only() -> None:
     scaling = {
         "rope_type": "llama3",
@@ -205,9 +215,9 @@ def test_llama3_checkpoint_is_stretched_by_theta_only() -> None:
         "original_max_position_embeddings": 512,
     }
     config = CONFIG | {"rope_scaling": scaling}
-    plan = plan_rope(config, TARGET, "theta", rope_theta=8e6)
-    assert plan.parameters == scaling | {"rope_theta": 8e6}
-    assert plan.native_parameters == scaling | {"rope_theta": 500000.0}
+    raised = plan_rope(config, TARGET, "theta", rope_theta=8e6)
+    assert raised.parameters == scaling | {"rope_theta": 8e6}
+    assert raised.native_parameters == scaling | {"rope_theta": 500000.0}
     with pytest.raises(ModelError, match="already scaled"):
         plan_rope(config, TARGET, "yarn")
 
@@ -223,6 +233,10 @@ def test_llama3_checkpoint_is_stretched_by_theta_only() -> None:
         ({}, {"rope_type": "theta", "rope_theta": 100.0}, 2, "rope_theta = 100.0: must be finite and above"),
         ({}, {"rope_type": "theta", "rope_theta": math.nan}, 2, "rope_theta = nan"),
         ({}, {"rope_type": "yarn", "rope_theta": 1e7}, 2, "only rope_type 'theta' takes it"),
+        ({}, {"rope_type": "longrope"}, 2, "rope_type 'longrope' without rope_factors"),
+        ({}, {"rope_factors": RISING}, 2, "rope_type 'yarn' with rope_factors"),
+        ({}, {"rope_type": "longrope", "rope_factors": ONES[:8]}, 2, "8 of them, a head of this model turns 64 pairs"),
+        ({}, {"rope_type": "longrope", "rope_factors": [*ONES[:63], 0.0]}, 2, "rope_factors: 0.0 must be finite and above 0"),
         ({"rope_theta": 0}, {}, 3, "rope_theta = 0"),
         ({"rope_theta": math.nan}, {}, 3, "rope_theta = nan"),
         ({"rope_theta": -1e4}, {}, 3, "rope_theta = -10000.0"),
@@ -260,9 +274,9 @@ def test_sliding_window_hides_the_native_window_until_it_is_stated() -> None:
     config = CONFIG | {"model_type": "mistral", "max_position_embeddings": 32768, "sliding_window": 4096}
     with pytest.raises(UsageError, match="--native-window 4096"):
         plan_rope(config, 65536)
-    plan = plan_rope(config, 65536, native_window=4096)
-    assert plan.factor == 16
-    assert plan.target_config(config)["sliding_window"] is None
+    stretched = plan_rope(config, 65536, native_window=4096)
+    assert stretched.factor == 16
+    assert stretched.target_config(config)["sliding_window"] is None
     with pytest.raises(UsageError, match="native_window = 8192"):
         plan_rope(config, 65536, native_window=8192)
 

@@ -1,39 +1,87 @@
-"""What learns: low-rank adapters through peft, or full-rank deltas, on the attention projections of every layer.
+"""What learns: low-rank adapters, or full-rank deltas, on the attention projections of every layer.
 
-Both add to a frozen base projection and can be switched off exactly: the base output is then returned untouched.
+Both add to a frozen base projection and are switched off exactly: the base's output is then returned untouched.
+They keep their parameters in fp32 and multiply in the dtype of what they read. Written here because the step runs them
+hundreds of times: peft's layer asks a dozen questions and makes two more passes over its output each time.
 """
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TypeAlias
+from dataclasses import dataclass
 
 import torch
-from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
+from torch.nn.functional import linear
 from transformers import PreTrainedModel
 
 from restore.config import RestoreConfig
 
 
-class DeltaLinear(nn.Module):
-    """A frozen linear layer plus a trainable full-rank delta of the same shape.
+@dataclass
+class Switch:
+    """Whether the adapters that share it add anything: the student's face or the teacher's."""
 
-    The delta is kept and multiplied apart from the weight: added in bf16, small updates would round away.
-    """
+    on: bool = True
 
-    def __init__(self, base: nn.Linear) -> None:
+
+class Adapter(nn.Module):
+    """A frozen linear layer plus what is learnt."""
+
+    def __init__(self, base: nn.Linear, switch: Switch) -> None:
         super().__init__()
         self.base = base
-        self.delta = nn.Parameter(torch.zeros_like(base.weight, dtype=torch.float32))
-        self.enabled = True
+        self._switch = switch
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.base(x)
-        return y + nn.functional.linear(x, self.delta.to(x.dtype)) if self.enabled else y
+        if not self._switch.on:
+            unchanged: Tensor = self.base(x)
+            return unchanged
+        rows_NI = x.reshape(-1, x.shape[-1])
+        return self.add(self.base(rows_NI), rows_NI).view(*x.shape[:-1], -1)
+
+    def add(self, output_NO: Tensor, rows_NI: Tensor) -> Tensor:
+        """`output_NO` plus what is learnt about `rows_NI`, in place."""
+        raise NotImplementedError
+
+    def change(self) -> Tensor:
+        """What is added to the base's weight: [out, in] fp32."""
+        raise NotImplementedError
 
 
-Adapter: TypeAlias = DeltaLinear | LoraLinear
+class LoraLinear(Adapter):
+    """Adds scale * B A (Hu et al., arXiv 2106.09685): A [rank, in] starts uniform as in peft, B [out, rank] at zero."""
+
+    def __init__(self, base: nn.Linear, switch: Switch, rank: int, scale: float, generator: torch.Generator) -> None:
+        super().__init__(base, switch)
+        self.scale = scale
+        bound = 1 / math.sqrt(base.in_features)
+        device = base.weight.device
+        # Drawn on the CPU, so that a seed gives the same adapters on every device.
+        start = torch.empty(rank, base.in_features, device="cpu").uniform_(-bound, bound, generator=generator)
+        self.lora_A = nn.Parameter(start.to(device))
+        self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, device=device))
+
+    def add(self, output_NO: Tensor, rows_NI: Tensor) -> Tensor:
+        low_NR = linear(rows_NI, self.lora_A.to(rows_NI.dtype))
+        return output_NO.addmm_(low_NR, self.lora_B.to(rows_NI.dtype).T, alpha=self.scale)
+
+    def change(self) -> Tensor:
+        return self.scale * (self.lora_B @ self.lora_A)
+
+
+class DeltaLinear(Adapter):
+    """Adds a full-rank delta, kept and multiplied apart from the weight: added to it in bf16, small updates round away."""
+
+    def __init__(self, base: nn.Linear, switch: Switch) -> None:
+        super().__init__(base, switch)
+        self.delta = nn.Parameter(torch.zeros_like(base.weight, dtype=torch.float32))
+
+    def add(self, output_NO: Tensor, rows_NI: Tensor) -> Tensor:
+        return output_NO.addmm_(rows_NI, self.delta.to(rows_NI.dtype).T)
+
+    def change(self) -> Tensor:
+        return self.delta
 
 
 class Adapters:
@@ -42,39 +90,47 @@ class Adapters:
     def __init__(self, model: PreTrainedModel, config: RestoreConfig) -> None:
         """Freeze the model and attach fresh adapters, which change nothing yet (their output is exactly zero)."""
         model.requires_grad_(False)
+        self._switch = Switch()
+        self._by_weight: dict[str, Adapter] = {}
+        self._by_layer: list[list[nn.Parameter]] = []
+        generator = torch.Generator().manual_seed(config.seed)
+        for number, layer in enumerate(model.model.layers):
+            made = {target: self._attach(layer.self_attn, target, config, generator) for target in config.targets}
+            self._by_weight |= {f"model.layers.{number}.self_attn.{target}.weight": made[target] for target in made}
+            self._by_layer.append([own for module in made.values() for own in module.parameters(recurse=False)])
+
+    def _attach(self, attention: nn.Module, target: str, config: RestoreConfig, generator: torch.Generator) -> Adapter:
+        base = getattr(attention, target)
         if config.trainable == "lora":
-            _inject_lora(model, config)
+            alpha = config.alpha if config.alpha is not None else 2 * config.rank
+            adapter: Adapter = LoraLinear(base, self._switch, config.rank, alpha / config.rank, generator)
         else:
-            _inject_deltas(model, config)
-        self._by_weight: dict[str, Adapter] = {
-            f"{name}.weight": module for name, module in model.named_modules() if isinstance(module, DeltaLinear | LoraLinear)
-        }
-        self._by_layer = [
-            [module for module in layer.modules() if isinstance(module, DeltaLinear | LoraLinear)]
-            for layer in model.model.layers
-        ]
+            adapter = DeltaLinear(base, self._switch)
+        setattr(attention, target, adapter)
+        return adapter
 
     @contextmanager
-    def disabled(self, layer: int | None = None) -> Iterator[None]:
-        """Switch the adapters of one layer, or of all, off."""
-        chosen = self._by_layer[layer] if layer is not None else list(self._by_weight.values())
-        for module in chosen:
-            _enable(module, False)
+    def disabled(self) -> Iterator[None]:
+        """Switch every adapter off."""
+        self._switch.on = False
         try:
             yield
         finally:
-            for module in chosen:
-                _enable(module, True)
+            self._switch.on = True
 
     def parameters(self) -> list[nn.Parameter]:
         return list(self.state().values())
 
+    def of_layer(self, number: int) -> list[nn.Parameter]:
+        """The trainable parameters of one decoder layer."""
+        return self._by_layer[number]
+
     def state(self) -> dict[str, nn.Parameter]:
-        """The trainable parameters by a name that does not depend on peft's wrapping."""
+        """The trainable parameters by a name that does not depend on how they are attached."""
         return {
             f"{weight.removesuffix('.weight')}.{name}": parameter
-            for weight, module in self._by_weight.items()
-            for name, parameter in _trainable(module).items()
+            for weight, adapter in self._by_weight.items()
+            for name, parameter in adapter.named_parameters(recurse=False)
         }
 
     @torch.no_grad()
@@ -88,46 +144,5 @@ class Adapters:
     @torch.no_grad()
     def delta(self, weight_name: str) -> Tensor | None:
         """What the adapter adds to the weight `weight_name`: [out, in] fp32, or None where nothing learns."""
-        module = self._by_weight.get(weight_name)
-        if module is None:
-            return None
-        if isinstance(module, DeltaLinear):
-            return module.delta.float()
-        (name,) = module.active_adapters
-        delta: Tensor = module.get_delta_weight(name)
-        return delta.float()
-
-
-def _inject_lora(model: PreTrainedModel, config: RestoreConfig) -> None:
-    alpha = config.alpha if config.alpha is not None else 2 * config.rank
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        inject_adapter_in_model(LoraConfig(r=config.rank, lora_alpha=alpha, target_modules=list(config.targets)), model)
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            assert "lora_" in name, "only adapters learn"
-            parameter.data = parameter.data.float()
-    for module in model.modules():
-        if isinstance(module, LoraLinear):
-            # Autocast makes the products' inputs bf16 in any case; peft would keep an fp32 copy of each beside them.
-            module.cast_input_dtype_enabled = False
-
-
-def _inject_deltas(model: PreTrainedModel, config: RestoreConfig) -> None:
-    for layer in model.model.layers:
-        for target in config.targets:
-            setattr(layer.self_attn, target, DeltaLinear(getattr(layer.self_attn, target)))
-
-
-def _enable(module: Adapter, enabled: bool) -> None:
-    if isinstance(module, DeltaLinear):
-        module.enabled = enabled
-    else:
-        module.enable_adapters(enabled)
-
-
-def _trainable(module: Adapter) -> dict[str, nn.Parameter]:
-    if isinstance(module, DeltaLinear):
-        return {"delta": module.delta}
-    (name,) = module.active_adapters
-    return {side: module.get_parameter(f"{side}.{name}.weight") for side in ("lora_A", "lora_B")}
+        adapter = self._by_weight.get(weight_name)
+        return None if adapter is None else adapter.change()

@@ -91,7 +91,7 @@ def _measure(base: Mapping[str, Any], rope: RopePlan, config: RestoreConfig, lay
             if length > _LONGEST_MEASURED:
                 half, whole = peak_bytes(loss, _LONGEST_MEASURED // 2, rows), peak_bytes(loss, _LONGEST_MEASURED, rows)
                 return whole + (whole - half) * (length - _LONGEST_MEASURED) // (_LONGEST_MEASURED // 2)
-            with _Peak(model) as peak, torch.autocast("cpu", dtype=torch.bfloat16, enabled=config.dtype == "bf16"):
+            with _Peak(model) as peak:
                 torch.autograd.backward(loss(torch.zeros(rows, length, dtype=torch.long))[0])
             return int(peak.bytes)
 

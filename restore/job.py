@@ -209,8 +209,7 @@ def _reference(loaded: Loaded) -> Reference:
     spread = torch.randperm(int(loaded.base.config["vocab_size"]), generator=torch.Generator().manual_seed(0))
     ids_BT = spread[None, :_REFERENCE_TOKENS]
     model = loaded.faces.model
-    with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=loaded.config.dtype == "bf16"):
-        logits_BTV = model(ids_BT.to(model.device)).logits
+    logits_BTV = model(ids_BT.to(model.device)).logits
     return Reference(ids_BT, logits_BTV.float().cpu(), _dtype(loaded.config))
 
 

@@ -4,23 +4,25 @@ Shapes: B batch, T tokens, C hidden channels.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import partial
-from typing import Any
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from transformers import PreTrainedModel
 
-import restore.kernels  # noqa: F401 - registers torch.ops.ard
 from restore.adapters import Adapters
 from restore.config import RestoreConfig
-from restore.relations import Relations, capture, hook
+from restore.recompute import KeptRows, Outputs, recomputed
+from restore.relations import Relations, Sink, hook
 from restore.rope import RopePlan
 
 # From one layer's (student, teacher) relations to named losses, each a scalar.
 RelationLoss = Callable[[Relations, Relations], dict[str, Tensor]]
+# Is shown a layer's number and the hidden states it gives: the student's, the teacher's.
+See = Callable[[int, Tensor, Tensor], None]
+# Cosines and sines of every position: [B or 1, T, D] each.
+Rope = tuple[Tensor, Tensor]
 
 
 class TwoFaced:
@@ -67,12 +69,16 @@ class TwoFaced:
         """Final hidden states of the student, one checkpoint a layer: [B, T, C]."""
         hidden = self._embed(ids_BT)
         rope = self.rotary["student"](hidden, self._positions(ids_BT, positions_BT))
-        for layer in self.layers:
-            hidden = checkpoint(_run_layer, layer, hidden, rope, use_reentrant=False)
+        for number, layer in enumerate(self.layers):
+            hidden, _, _ = recomputed(_Reading(layer, rope), hidden, None, self.adapters.of_layer(number))
         return self._norm(hidden)
 
     def pair(
-        self, ids_BT: Tensor, relation_loss: RelationLoss | None = None, student_positions_BT: Tensor | None = None
+        self,
+        ids_BT: Tensor,
+        relation_loss: RelationLoss | None = None,
+        student_positions_BT: Tensor | None = None,
+        see: See = lambda _number, _student, _teacher: None,
     ) -> tuple[Tensor, Tensor, list[dict[str, Tensor]]]:
         """Teacher and student read the same tokens together, layer by layer.
 
@@ -83,39 +89,32 @@ class TwoFaced:
             ids_BT: token ids, T at most the native window.
             relation_loss: compares a layer's relations; None compares none.
             student_positions_BT: positions the student reads at, where they differ from 0..T-1.
+            see: is shown what each layer gives, [B, T, C] of the student and of the teacher.
 
         Returns:
             Final hidden states of the student and of the teacher, [B, T, C] each, and each layer's losses.
         """
         student = teacher = self._embed(ids_BT)
-        teacher_rope = self.rotary["teacher"](teacher, self._positions(ids_BT, None))
-        student_rope = self.rotary["student"](student, self._positions(ids_BT, student_positions_BT))
+        ropes = (
+            self.rotary["student"](student, self._positions(ids_BT, student_positions_BT)),
+            self.rotary["teacher"](teacher, self._positions(ids_BT, None)),
+        )
         losses: list[dict[str, Tensor]] = []
-
-        def compare(number: int, student: Tensor, teacher: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-            layer = self.layers[number]
-            if relation_loss is None:
-                return _run_layer(layer, student, student_rope), {}
-            with self._frozen(number):
-                native = _relations_of(layer, teacher, teacher_rope)
-            with capture() as sink:
-                student = _run_layer(layer, student, student_rope)
-            assert sink.relations is not None, "every decoder layer attends once"
-            return student, relation_loss(sink.relations, native)
-
         for number, layer in enumerate(self.layers):
-            student, loss = checkpoint(compare, number, student, teacher, use_reentrant=False, context_fn=_KEEP_ROWS)
-            losses.append(loss)
-            with self._frozen(number):
-                teacher = _run_layer(layer, teacher, teacher_rope)
+            comparing = _Comparing(layer, ropes, relation_loss, self._frozen)
+            student, values, native = recomputed(comparing, student, teacher, self.adapters.of_layer(number))
+            losses.append(dict(zip(comparing.names, values, strict=True)) if values is not None else {})
+            assert native is not None, "the first pass gives the teacher's hidden states"
+            teacher = native
+            see(number, student, teacher)
         with self._frozen():
             teacher = self._norm(teacher)
         return self._norm(student), teacher, losses
 
     @contextmanager
-    def _frozen(self, layer: int | None = None) -> Iterator[None]:
-        """Compute as the untouched model does: no gradient, no adapter, no autocast."""
-        with torch.no_grad(), torch.autocast(self.model.device.type, enabled=False), self.adapters.disabled(layer):
+    def _frozen(self) -> Iterator[None]:
+        """Compute as the untouched model does: no gradient, no adapter."""
+        with torch.no_grad(), self.adapters.disabled():
             yield
 
     def _embed(self, ids_BT: Tensor) -> Tensor:
@@ -131,24 +130,57 @@ class TwoFaced:
         return positions_BT if positions_BT is not None else torch.arange(ids_BT.shape[1], device=ids_BT.device)[None]
 
 
-def _keep_rows(_context: Any, operation: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
-    """Keep what a relation kernel returns, a few numbers a row, so that backward does not run its forward again."""
-    return CheckpointPolicy.MUST_SAVE if operation in _RELATION_OPERATIONS else CheckpointPolicy.PREFER_RECOMPUTE
+@dataclass(frozen=True)
+class _Reading:
+    """A layer that the student alone reads."""
+
+    layer: nn.Module
+    rope: Rope
+
+    def __call__(self, student_BTC: Tensor, _teacher: Tensor | None, _rows: KeptRows, _again: bool) -> Outputs:
+        return _run_layer(self.layer, student_BTC, self.rope), None, None
 
 
-_RELATION_OPERATIONS = (torch.ops.ard.self_relation_kl.default, torch.ops.ard.cross_relation_kl.default)
-_KEEP_ROWS = partial(create_selective_checkpoint_contexts, _keep_rows)
+@dataclass
+class _Comparing:
+    """A layer that both faces read, and whose relations are compared."""
+
+    layer: nn.Module
+    ropes: tuple[Rope, Rope]
+    relation_loss: RelationLoss | None
+    frozen: Callable[[], AbstractContextManager[None]]
+    names: tuple[str, ...] = ()
+    """Of the losses, once it has run."""
+
+    def __call__(self, student_BTC: Tensor, teacher_BTC: Tensor | None, rows: KeptRows, again: bool) -> Outputs:
+        assert teacher_BTC is not None, "both faces read"
+        student_rope, teacher_rope = self.ropes
+        if self.relation_loss is None:
+            with self.frozen():
+                teacher = None if again else _run_layer(self.layer, teacher_BTC, teacher_rope)
+            return _run_layer(self.layer, student_BTC, student_rope), None, teacher
+        native, own = Sink(), Sink()
+        with self.frozen():
+            if again:
+                teacher = None
+                _attend(self.layer, teacher_BTC, teacher_rope, native)
+            else:
+                teacher = _run_layer(self.layer, teacher_BTC, teacher_rope, native)
+        student = _run_layer(self.layer, student_BTC, student_rope, own)
+        with rows.around():
+            losses = self.relation_loss(own.taken, native.taken)
+        self.names = tuple(losses)
+        return student, torch.stack(list(losses.values())), teacher
 
 
-def _run_layer(layer: nn.Module, hidden_BTC: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-    output = layer(hidden_BTC, attention_mask=None, position_embeddings=rope)
+def _run_layer(layer: nn.Module, hidden_BTC: Tensor, rope: Rope, sink: Sink | None = None) -> Tensor:
+    output = layer(hidden_BTC, attention_mask=None, position_embeddings=rope, relation_sink=sink)
     assert isinstance(output, Tensor)
     return output
 
 
-def _relations_of(layer: nn.Module, hidden_BTC: Tensor, rope: tuple[Tensor, Tensor]) -> Relations:
+def _attend(layer: nn.Module, hidden_BTC: Tensor, rope: Rope, sink: Sink) -> None:
     """A layer's relations from its input alone: norm and projections, without attention and MLP."""
-    with capture(skip_attention=True) as sink:
-        layer.self_attn(layer.input_layernorm(hidden_BTC), position_embeddings=rope, attention_mask=None)  # type: ignore[operator]
-    assert sink.relations is not None, "every decoder layer attends once"
-    return sink.relations
+    sink.attends = False
+    normed = layer.input_layernorm(hidden_BTC)  # type: ignore[operator]
+    layer.self_attn(normed, position_embeddings=rope, attention_mask=None, relation_sink=sink)  # type: ignore[operator]

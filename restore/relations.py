@@ -1,12 +1,9 @@
 """Per-layer queries, keys and values out of an unchanged transformers model.
 
-The only file that touches transformers' attention hook. The hooked function hands its inputs to whoever is capturing and
-then runs the stock SDPA attention, so that results stay those of the untouched model.
+The only file that touches transformers' attention hook. The hooked function hands its inputs to the sink that the
+layer was called with, if any, and then runs the stock SDPA attention, so that results stay those of the untouched model.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,12 +32,19 @@ class Relations:
 
 
 @dataclass
-class _Sink:
+class Sink:
+    """Takes the relations of the attention call that it is handed to, as `relation_sink`.
+
+    `attends` false: return zeros instead of attending, for a caller that wants the relations alone.
+    """
+
+    attends: bool = True
     relations: Relations | None = None
-    skip_attention: bool = False
 
-
-_sink: ContextVar[_Sink | None] = ContextVar("relation_sink", default=None)
+    @property
+    def taken(self) -> Relations:
+        assert self.relations is not None, "every decoder layer attends once"
+        return self.relations
 
 
 def hook(model: PreTrainedModel) -> None:
@@ -50,27 +54,17 @@ def hook(model: PreTrainedModel) -> None:
     model.set_attn_implementation(_NAME)
 
 
-@contextmanager
-def capture(skip_attention: bool = False) -> Iterator[_Sink]:
-    """Capture the relations of the one attention layer that runs inside.
-
-    Args:
-        skip_attention: return zeros instead of attending, for a caller that wants the relations alone.
-    """
-    sink = _Sink(skip_attention=skip_attention)
-    token = _sink.set(sink)
-    try:
-        yield sink
-    finally:
-        _sink.reset(token)
-
-
 def _attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    relation_sink: Sink | None = None,
+    **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    sink = _sink.get()
-    if sink is not None:
-        sink.relations = Relations(query, key, value)
-        if sink.skip_attention:
+    if relation_sink is not None:
+        relation_sink.relations = Relations(query, key, value)
+        if not relation_sink.attends:
             return torch.zeros_like(query).transpose(1, 2), None
     return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)

@@ -55,7 +55,7 @@ class Student:
         for parameter in faces.adapters.parameters():
             parameter.data.normal_(0, 0.05, generator=generator)
         self.delta: Delta = faces.adapters.delta
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        with torch.no_grad():
             logits = faces.student(IDS) @ faces.head_weight_VC.T
         self.reference = Reference(IDS, logits.float(), dtype)
 

@@ -2,8 +2,6 @@
 
 import asyncio
 import logging
-import os
-import secrets
 import signal
 import socket
 import tempfile
@@ -18,24 +16,18 @@ import uvloop
 from ard_serve.console import out, print_table
 from ard_serve.errors import EXIT_INTERRUPTED, EXIT_TERMINATED, UsageError
 from server import capacity, flags, preflight
-from server.admission import Admission
-from server.attachment import ENGINE_KEY, Attachment
+from server.assembly import Assembly, EnginePlan, assemble
 from server.auth import Keys
-from server.call import CallLimits
 from server.config import ServeConfig
-from server.engine import engine_spec
 from server.errors import unavailable
 from server.gateway import Gateway
-from server.health import Health
 from server.listener import bind, make_server
 from server.literal import Literal, control_tokens
-from server.metrics import Metrics
 from server.preflight import Checkpoint
+from server.profiles import Profiles
 from server.routes import build_app, build_metrics_app
-from server.supervisor import Supervisor
+from server.shortmodel import check_short, short_config, short_text_loss
 from server.traces import Traces
-from server.upstream import Upstream
-from server.watch import Watch
 
 log = logging.getLogger("server")
 
@@ -56,26 +48,50 @@ def run(config: ServeConfig) -> int:
     if config.metrics_port is not None:
         listeners.append(bind(config.host, config.metrics_port))
     checkpoint = preflight.check_model(config)
+    native = check_short(config, checkpoint) if config.profile_short else None
     if config.attach and config.engine_args:
-        raise UsageError(f"{config.engine_args[0]} after --: the engine at {config.attach} has its flags already; remove it")
+        raise UsageError(f"{config.engine_args[0]} after --: the engine at {config.attach[0]} has its flags already; remove it")
     gpus = capacity.gpu_memory_bytes()
-    engine_flags = () if config.attach else _plan_engine(config, checkpoint, gpus)
+    main, short = _plan_engines(config, checkpoint, native, gpus)
     # The lanes of an attached engine are its operator's to set; those of a GPU are the likelier guess for it.
     lanes = flags.lanes(config, bool(gpus) or bool(config.attach))
     with tempfile.TemporaryDirectory(prefix="ard-serve-") as folder:
-        make_keeper = partial(_keeper, config, checkpoint, engine_flags, lanes, Path(folder))
-        return uvloop.run(_serve(config, checkpoint, keys, listeners, traces, make_keeper))
+        make = partial(assemble, main, short, lanes, Path(folder))
+        card = preflight.model_card(config, checkpoint, int(time.time()))
+        if native:
+            card["profile_short"] = _introduce(config, checkpoint, native)
+        return uvloop.run(_serve(config, card, keys, listeners, traces, make))
+
+
+def _plan_engines(
+    config: ServeConfig, checkpoint: Checkpoint, native: Checkpoint | None, gpus: tuple[int, ...]
+) -> tuple[EnginePlan, EnginePlan | None]:
+    if config.attach:
+        return EnginePlan(config, checkpoint, ()), None
+    if native is None:
+        return EnginePlan(config, checkpoint, _plan_engine(config, checkpoint, gpus)), None
+    main, short = capacity.split(config, short_config(config), checkpoint, native, gpus)
+    plans = [EnginePlan(one, folder, _plan_engine(one, folder, gpus)) for one, folder in ((main, checkpoint), (short, native))]
+    return plans[0], plans[1]
 
 
 def _plan_engine(config: ServeConfig, checkpoint: Checkpoint, gpus: tuple[int, ...]) -> tuple[str, ...]:
     """Print what fits, and return the flags that we add to the operator's."""
     kv_bytes = capacity.kv_cache_bytes(config, bool(gpus))
     plan = capacity.plan(checkpoint, gpus, kv_bytes, config.engine_args)
-    out.print(plan.title(config.model_name), highlight=False)
+    out.print(plan.title(str(config.model)), highlight=False)
     print_table("", ("tokens a request", "KV GiB", "fit at once"), plan.rows(checkpoint.window))
     known = flags.known_flags(config.engine_command)
     flags.check_engine_args(config.engine_args, known)
     return flags.optional_flags(config, known, bool(gpus), kv_bytes)
+
+
+def _introduce(config: ServeConfig, checkpoint: Checkpoint, native: Checkpoint) -> dict[str, Any]:
+    """Say who answers what is short, and what the report says for it; the same for /v1/models."""
+    losses = short_text_loss(checkpoint.manifest, native.window)
+    why = "; ".join(losses) or "no loss on short text, so the native model may be memory for nothing"
+    log.info("up to %d tokens %s answers; the report shows: %s", native.window, config.profile_short, why)
+    return {"model": str(config.profile_short), "limit_tokens": native.window, "loss_without_it": losses}
 
 
 def _keys(config: ServeConfig) -> Keys:
@@ -88,17 +104,14 @@ def _keys(config: ServeConfig) -> Keys:
 
 async def _serve(
     config: ServeConfig,
-    checkpoint: Checkpoint,
+    card: dict[str, Any],
     keys: Keys,
     listeners: list[socket.socket],
     traces: Traces | None,
-    make_keeper: Callable[[], Supervisor | Attachment],
+    make: Callable[[], Assembly],
 ) -> int:
-    keeper = make_keeper()
-    card = preflight.model_card(config, checkpoint, int(time.time()))
-    limits = CallLimits.of(config, checkpoint.window, checkpoint.measured_limit)
-    literal = Literal(control_tokens(config.model))
-    gateway = Gateway(config, limits, card, keys, literal, keeper.watch, traces)
+    made = make()
+    gateway = Gateway(config, made.profiles, card, keys, Literal(control_tokens(config.model)), made.metrics, traces)
     apps = (build_app(gateway), build_metrics_app(gateway))
     servers = [
         make_server(app, config.header_timeout_s, config.idle_timeout_s) for app, _ in zip(apps, listeners, strict=False)
@@ -106,47 +119,35 @@ async def _serve(
     signals = _Signals(keys)
     pairs = zip(servers, listeners, strict=True)
     serving = asyncio.gather(*(server.serve(sockets=[listener]) for server, listener in pairs))
-    engine = asyncio.create_task(keeper.run())
+    engines = [asyncio.create_task(keeper.run()) for keeper in made.keepers]
     for listener, what in zip(listeners, ("the engine is loading", "metrics"), strict=False):
         host, port = listener.getsockname()[:2]
         out.print(f"listening on http://{host}:{port}, {what}", highlight=False)
     try:
-        ends: tuple[asyncio.Future[Any], ...] = (serving, engine, signals.first)
+        ends: tuple[asyncio.Future[Any], ...] = (serving, signals.first, *engines)
         await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
-        if engine.done():
+        if ended := [engine for engine in engines if engine.done()]:
             gateway.abort_all(unavailable("the engine died and could not be restarted", "engine_failed"))
-            engine.result()
-        return await _drain(config.drain_s, gateway, keeper.watch.health, signals) if signals.first.done() else 0
+            ended[0].result()
+        return await _drain(config.drain_s, gateway, made.profiles, signals) if signals.first.done() else 0
     finally:
-        engine.cancel()
+        for engine in engines:
+            engine.cancel()
         for server in servers:
             server.should_exit = True
-        await asyncio.gather(serving, engine, return_exceptions=True)
-        await keeper.stop(_STOP_GRACE_S)
-        keeper.watch.upstream.close()
+        await asyncio.gather(serving, *engines, return_exceptions=True)
+        await asyncio.gather(*(keeper.stop(_STOP_GRACE_S) for keeper in made.keepers))
+        for keeper in made.keepers:
+            keeper.watch.upstream.close()
         if traces:
             traces.close()
 
 
-def _keeper(
-    config: ServeConfig, checkpoint: Checkpoint, engine_flags: tuple[str, ...], lanes: tuple[int, int], folder: Path
-) -> Supervisor | Attachment:
-    """Who looks after the engine, ours or one that runs already. To be called in the event loop."""
-    window, metrics = checkpoint.window, Metrics()
-    metrics.describe(config.model_name, checkpoint.manifest, checkpoint.measured_limit)
-    admission = Admission(config.queue_size, config.queue_timeout_s)
-    if config.attach:
-        upstream = Upstream(config.attach, os.environ.get(ENGINE_KEY, ""))
-        return Attachment(config, Watch(config, upstream, window, lanes, Health(), admission, metrics))
-    path, key = folder / "engine.sock", secrets.token_hex(32)
-    spec = engine_spec(config, path, key, window, engine_flags)
-    return Supervisor(config, spec, Watch(config, Upstream(path, key), window, lanes, Health(), admission, metrics))
-
-
-async def _drain(drain_s: float, gateway: Gateway, health: Health, signals: "_Signals") -> int:
+async def _drain(drain_s: float, gateway: Gateway, profiles: Profiles, signals: "_Signals") -> int:
     """Refuse what is new, wait for what is there, end what does not end. A second signal ends the waiting."""
     number = signals.first.result()
-    health.drain()
+    for pool in profiles.pools:
+        pool.drain()
     log.info("%s: draining, %d requests in flight, at most %g s", number.name, gateway.in_flight, drain_s)
     deadline = time.monotonic() + drain_s
     while gateway.in_flight and time.monotonic() < deadline and not signals.again.is_set():

@@ -17,23 +17,29 @@ _ASK_TIMEOUT_S = 5
 
 
 class Attachment:
-    """Waits for the engine at `--attach`, again after each of its absences."""
+    """Waits for the engine at `url`, one of `--attach`, again after each of its absences."""
 
-    def __init__(self, config: ServeConfig, watch: Watch) -> None:
-        self._config, self.watch = config, watch
+    def __init__(self, config: ServeConfig, url: str, watch: Watch) -> None:
+        self._config, self._url, self.watch = config, url, watch
 
     async def run(self) -> None:
         """Follow the engine until cancelled.
 
         Raises:
-            UsageError: it wants another key, or serves another model or a shorter window than ours.
+            UsageError: when first met it wants another key, or serves another model or a shorter window than ours.
         """
         while True:
-            self.watch.health.loading(f"waiting for the engine at {self._config.attach}")
-            await self._until_it_answers()
-            problem = await self.watch.run()
+            self.watch.health.loading(f"waiting for the engine at {self._url}")
+            try:
+                await self._until_it_answers()
+                problem = await self.watch.run()
+            except UsageError as error:
+                if not self.watch.health.was_ready:
+                    raise
+                problem = str(error)  # it was the right one once: the others go on, and it may come back
+                await asyncio.sleep(self._config.restart_backoff_s)
             self.watch.down(problem)
-            log.error("engine at %s: %s", self._config.attach, problem)
+            log.error("engine at %s: %s", self._url, problem)
 
     async def stop(self, _grace_s: float) -> None:
         """Leave the engine alone: it is not ours."""
@@ -44,7 +50,7 @@ class Attachment:
                 async with asyncio.timeout(_ASK_TIMEOUT_S):
                     status, answer = await self.watch.upstream.call("GET", "/v1/models")
                 if status in (401, 403):
-                    raise UsageError(f"{self._config.attach} refused the key; put the engine's own into ${ENGINE_KEY}")
+                    raise UsageError(f"{self._url} refused the key; put the engine's own into ${ENGINE_KEY}")
                 if status == 200 and isinstance(answer, dict):
                     return self._check(answer.get("data", []))
             await asyncio.sleep(self._config.restart_backoff_s)
@@ -53,10 +59,10 @@ class Attachment:
         windows = {model["id"]: model.get("max_model_len") for model in models}
         if self._config.model_name not in windows:
             names = ", ".join(map(repr, windows))
-            raise UsageError(f"{self._config.attach} serves {names}, not {self._config.model_name!r}; use --served-model-name")
+            raise UsageError(f"{self._url} serves {names}, not {self._config.model_name!r}; use --served-model-name")
         window = windows[self._config.model_name]
         if window is not None and window < self.watch.window:
             raise UsageError(
-                f"{self._config.attach} has a window of {window} tokens, {self.watch.window} were to be served; "
+                f"{self._url} has a window of {window} tokens, {self.watch.window} were to be served; "
                 f"use --max-model-len {window}"
             )

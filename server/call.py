@@ -38,6 +38,11 @@ class CallLimits:
     max_logprobs: int
     max_schema_bytes: int
 
+    @property
+    def measured_window(self) -> int:
+        """Length up to which quality was measured, as far as it is served."""
+        return min(self.measured or self.window, self.window)
+
     @classmethod
     def of(cls, config: ServeConfig, window: int, measured: int | None) -> Self:
         """The configured limits; what is not configured follows the window."""

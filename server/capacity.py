@@ -17,6 +17,7 @@ _GIB = 1 << 30
 _CPU_SPACE = "VLLM_CPU_KVCACHE_SPACE"
 _DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 _GPU_SHARE = 0.92  # vLLM's default for --gpu-memory-utilization
+_SHORT_SHARE = 0.25  # of the restored model's KV cache, for the native one beside it
 _GPU_OVERHEAD_BYTES = 2 * _GIB  # activations and CUDA graphs, measured generously
 
 
@@ -68,6 +69,41 @@ def kv_cache_bytes(config: ServeConfig, on_gpu: bool) -> int | None:
     return max(_GIB, min(4 * _GIB, psutil.virtual_memory().available // 4))
 
 
+def split(
+    config: ServeConfig, short: ServeConfig, main: Checkpoint, native: Checkpoint, gpus: tuple[int, ...]
+) -> tuple[ServeConfig, ServeConfig]:
+    """The settings of two engines on one memory: each with its KV cache said, on a GPU with its share of the memory too.
+
+    Raises:
+        ResourceError: weights and KV caches of both do not fit together; names the flags.
+    """
+    ranks = _ranks(config.engine_args)
+    weights = [_weight_bytes(checkpoint) // ranks for checkpoint in (main, native)]
+    if gpus:
+        share = float(_option(config.engine_args, "--gpu-memory-utilization") or _GPU_SHARE)
+        room = int(min(gpus) * share) - 2 * _GPU_OVERHEAD_BYTES - sum(weights)
+    else:
+        room = psutil.virtual_memory().available - sum(weights)
+    told_bytes = kv_cache_bytes(config, bool(gpus)) or (None if gpus else int(os.environ[_CPU_SPACE]) * _GIB)
+    short_bytes = int((config.profile_short_kv_gib or 0) * _GIB) or int(
+        told_bytes * _SHORT_SHARE if told_bytes else room * _SHORT_SHARE / (1 + _SHORT_SHARE)
+    )
+    main_bytes = told_bytes or room - short_bytes
+    if min(main_bytes, short_bytes) <= 0 or main_bytes + short_bytes > room:
+        raise ResourceError(
+            f"two models leave {max(0, room) / _GIB:.2f} GiB for their KV caches, {main_bytes / _GIB:.2f} and "
+            f"{short_bytes / _GIB:.2f} GiB were to be used; lower --kv-cache-gib or --profile-short-kv-gib"
+        )
+    pairs = zip((config, short), weights, (main_bytes, short_bytes), strict=True)
+    made = []
+    for settings, weight_bytes, kv_bytes in pairs:
+        used = (weight_bytes + _GPU_OVERHEAD_BYTES + kv_bytes) / min(gpus) if gpus else 0
+        args = ("--gpu-memory-utilization", f"{used:.3f}") if gpus else ()
+        update = {"kv_cache_gib": kv_bytes / _GIB, "engine_args": (*settings.engine_args, *args)}
+        made.append(settings.model_copy(update=update))
+    return made[0], made[1]
+
+
 def plan(checkpoint: Checkpoint, gpus: tuple[int, ...], told_bytes: int | None, engine_args: tuple[str, ...]) -> Plan:
     """Compute what fits from config.json, the tensors' headers and the memory that is there.
 
@@ -75,14 +111,12 @@ def plan(checkpoint: Checkpoint, gpus: tuple[int, ...], told_bytes: int | None, 
         ResourceError: one request of the whole window does not fit; names the flag and the value that would.
     """
     config = checkpoint.config
-    weight_bytes = sum(tensor.end - tensor.start for tensor in checkpoint.tensors.values())
+    weight_bytes = _weight_bytes(checkpoint)
     per_token = kv_bytes_per_token(config, _option(engine_args, "--kv-cache-dtype"))
     if told_bytes:
         kv_bytes = told_bytes
     elif gpus:
-        ranks = int(_option(engine_args, "--tensor-parallel-size") or 1) * int(
-            _option(engine_args, "--pipeline-parallel-size") or 1
-        )
+        ranks = _ranks(engine_args)
         share = float(_option(engine_args, "--gpu-memory-utilization") or _GPU_SHARE)
         kv_bytes = int(ranks * (min(gpus) * share - _GPU_OVERHEAD_BYTES)) - weight_bytes
     else:
@@ -107,6 +141,15 @@ def kv_bytes_per_token(config: dict[str, Any], cache_dtype: str | None) -> int:
     dtype = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16")
     size = 1 if cache_dtype and cache_dtype.startswith("fp8") else _DTYPE_BYTES.get(dtype, 2)
     return 2 * int(config["num_hidden_layers"]) * prod((kv_heads(config), head_dim(config))) * size
+
+
+def _weight_bytes(checkpoint: Checkpoint) -> int:
+    return sum(tensor.end - tensor.start for tensor in checkpoint.tensors.values())
+
+
+def _ranks(engine_args: tuple[str, ...]) -> int:
+    """GPUs that share one copy of the weights."""
+    return prod(int(_option(engine_args, flag) or 1) for flag in ("--tensor-parallel-size", "--pipeline-parallel-size"))
 
 
 def _option(args: tuple[str, ...], flag: str) -> str | None:

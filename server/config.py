@@ -2,7 +2,7 @@
 
 import sys
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -28,8 +28,17 @@ class ServeConfig(Settings):
     allow_anonymous: bool = Field(False, description="serve without keys on an address that others can reach")
 
     max_model_len: int | None = Field(None, ge=16, description="window in tokens; the export's served limit when not given")
-    attach: str | None = Field(
-        None, pattern=r"^https?://[^/]+$", description="URL of a vLLM that already runs MODEL; it is not started or stopped"
+    attach: tuple[Annotated[str, Field(pattern=r"^https?://[^/]+$")], ...] = Field(
+        (), description="URLs of vLLMs that already run MODEL; they are not started or stopped"
+    )
+    profile_short: Path | None = Field(
+        None, description="folder of the native model: a second engine answers short prompts with it"
+    )
+    profile_short_tokens: int | None = Field(
+        None, ge=16, description="prompt and answer up to so long go to --profile-short; its own window when not given"
+    )
+    profile_short_kv_gib: float | None = Field(
+        None, gt=0, description="KV cache of --profile-short, GiB; a quarter of the other's when not given"
     )
     beyond_measured: Literal["refuse", "mark"] = Field(
         "refuse", description="a window longer than was measured: refuse or mark"

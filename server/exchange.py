@@ -6,21 +6,22 @@ import time
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
-from typing import Protocol
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from server.admission import Admission, Ticket
+from server.admission import Ticket
 from server.auth import Caller
-from server.call import Call, CallLimits
+from server.call import Call
 from server.connection import Connection, UpstreamError
 from server.errors import ApiError, unavailable
+from server.ledger import Need
 from server.metrics import Metrics
 from server.pace import Pace
-from server.sizing import Sized, size
+from server.profiles import Profiles
+from server.sizing import Sized
 from server.traces import Trace
-from server.upstream import Upstream
+from server.watch import Watch
 
 _LAST_WORDS_S = 1
 _STREAM_HEADERS = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache", "x-accel-buffering": "no"}
@@ -29,25 +30,13 @@ _BEFORE_PREFILL = (b"event: response.created", b"event: response.in_progress")
 _LAST_EVENTS = (b"data: [DONE]", b"event: response.completed", b"event: response.incomplete")
 
 
-class Engine(Protocol):
-    """What an exchange needs from whoever runs the engine."""
-
-    upstream: Upstream
-
-    def suspect(self) -> None: ...
-
-    def heard(self) -> None: ...
-
-
 @dataclass(frozen=True)
 class Services:
     """What every exchange shares. `timeout_s` is a request's deadline; `on_end` hears of each exchange's end."""
 
-    engine: Engine
-    admission: Admission
+    profiles: Profiles
     metrics: Metrics
     pace: Pace
-    limits: CallLimits
     timeout_s: float
     on_end: Callable[["Exchange"], None]
 
@@ -64,7 +53,8 @@ class Exchange(Response):
         self.outcome, self.status, self.events = "lost", 0, 0
         self.ttft_s: float | None = None
         self.sized: Sized | None = None
-        self._services, self._engine = services, services.engine
+        self.profile, self.engine = "", ""
+        self._services = services
         self._started_at = self._last_event_at = time.monotonic()
         self._work: asyncio.Task[None] | None = None
         self._abort_error: ApiError | None = None
@@ -124,21 +114,23 @@ class Exchange(Response):
                 await self._fail(error, send)
 
     async def _generate(self, send: Send) -> None:
-        upstream = self._engine.upstream
-        self.sized = sized = await size(self.call, self._services.limits, self.caller.cache_salt, upstream, self.request_id)
-        reserve_tokens = self._services.admission.reserve_tokens(self.call.n, sized.prompt_tokens, sized.max_tokens)
-        async with self._services.admission.slot(reserve_tokens, max(sized.prompt_tokens)) as ticket:
-            self._services.metrics.queue_wait.labels(_lane(ticket)).observe(self.duration_s)
+        pool, self.sized = await self._services.profiles.place(self.call, self.caller, self.request_id)
+        self.profile = pool.profile
+        need = Need(self.call.n, self.sized.prompt_tokens, self.sized.max_tokens)
+        async with pool.admission.slot(need) as ticket:
+            engine = pool.engine_of(ticket)
+            self.engine = engine.name
+            self._services.metrics.queue_wait.labels(self.profile, _lane(ticket)).observe(self.duration_s)
             try:
                 onward = self.trace.headers if self.trace else {}
-                asked = upstream.ask("POST", self.call.kind.path, sized.payload, self.request_id, onward)
+                asked = engine.upstream.ask("POST", self.call.kind.path, self.sized.payload, self.request_id, onward)
                 with closing(await asked) as answer:
                     if self.call.stream and answer.status == 200:
-                        await self._relay(answer, ticket, send)
+                        await self._relay(answer, engine, ticket, send)
                     else:
                         await self._forward(answer, ticket, send)
             except UpstreamError:
-                self._engine.suspect()  # before the slot is free: the next in the queue must not run into the same engine
+                engine.suspect()  # before the slot is free: the next in the queue must not run into the same engine
                 raise
             finally:
                 kv_token_seconds = ticket.tokens * ticket.held_s()
@@ -155,7 +147,7 @@ class Exchange(Response):
         await self._start(answer.status, {"content-type": content_type, "content-length": str(len(body))}, send)
         await send({"type": "http.response.body", "body": body})
 
-    async def _relay(self, answer: Connection, ticket: Ticket, send: Send) -> None:
+    async def _relay(self, answer: Connection, engine: Watch, ticket: Ticket, send: Send) -> None:
         """Pass whole events on as they come. Bytes after an error or the last event are not passed on.
 
         The head goes with the first event: until then a failure has a status of its own, and a balancer may try elsewhere.
@@ -169,11 +161,12 @@ class Exchange(Response):
             events, pending = pending[:end], pending[end:]
             if not events.startswith(_BEFORE_PREFILL):
                 self._count_event(ticket)
+                engine.heard()
             if not self.status:
                 await self._start(200, _STREAM_HEADERS, send)
             if (cut := _end_of_error(events)) is not None:
                 self.outcome = "engine_error"
-                self._engine.suspect()
+                engine.suspect()
                 await send({"type": "http.response.body", "body": events[:cut]})
                 return
             await send({"type": "http.response.body", "body": events, "more_body": True})
@@ -193,8 +186,11 @@ class Exchange(Response):
 
     async def _start(self, status: int, headers: dict[str, str], send: Send) -> None:
         self.status = status
+        profiles = self._services.profiles
         if self.sized and self.sized.beyond_measured:
-            headers = {**headers, "x-ard-beyond-measured": str(self._services.limits.measured)}
+            headers = {**headers, "x-ard-beyond-measured": str(profiles.limits.measured)}
+        if self.profile and profiles.short:
+            headers = {**headers, "x-ard-profile": self.profile}
         raw = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()]
         await send({"type": "http.response.start", "status": status, "headers": raw})
 
@@ -203,7 +199,7 @@ class Exchange(Response):
         self.ttft_s = self.duration_s
         if self.call.stream and self.sized:
             self._services.pace.saw_prefill(sum(self.sized.prompt_tokens), ticket.held_s())
-        self._services.metrics.ttft.labels(_lane(ticket)).observe(self.ttft_s)
+        self._services.metrics.ttft.labels(self.profile, _lane(ticket)).observe(self.ttft_s)
 
     def _count_event(self, ticket: Ticket) -> None:
         now = time.monotonic()
@@ -214,7 +210,6 @@ class Exchange(Response):
             self._services.pace.saw_gap(now - self._last_event_at)
         self._last_event_at = now
         self.events += 1
-        self._engine.heard()
 
 
 def _lane(ticket: Ticket) -> str:

@@ -11,15 +11,16 @@ from fastapi.responses import Response
 
 from server import openapi
 from server.auth import Caller, Keys
-from server.call import CHAT, COMPLETION, RESPONSES, Call, CallLimits, Kind, decode, parse
+from server.call import CHAT, COMPLETION, RESPONSES, Call, Kind, decode, parse
 from server.config import ServeConfig
 from server.errors import ApiError
 from server.exchange import Exchange, Services
+from server.ledger import Need
 from server.literal import Literal
+from server.metrics import Metrics
 from server.pace import Pace
-from server.sizing import size
+from server.profiles import Profiles
 from server.traces import Traces
-from server.watch import Watch
 
 access_log = logging.getLogger("server.access")
 
@@ -36,13 +37,13 @@ class Gateway:
     """Everything a request meets, in the order in which it meets it."""
 
     def __init__(
-        self, config: ServeConfig, limits: CallLimits, card: dict[str, Any], keys: Keys, literal: Literal,
-        watch: Watch, traces: Traces | None,
+        self, config: ServeConfig, profiles: Profiles, card: dict[str, Any], keys: Keys, literal: Literal,
+        metrics: Metrics, traces: Traces | None,
     ) -> None:  # fmt: skip
         self._config, self._card, self._keys, self._literal, self._traces = config, card, keys, literal, traces
-        self._watch, self._health, self._admission, self._metrics = watch, watch.health, watch.admission, watch.metrics
-        self._services = Services(watch, watch.admission, watch.metrics, Pace(), limits, config.request_timeout_s, self._ended)
-        self._max_body_bytes = config.max_body_bytes or 32 * limits.window + (1 << 20)
+        self._profiles, self._limits, self._metrics = profiles, profiles.limits, metrics
+        self._services = Services(profiles, metrics, Pace(), config.request_timeout_s, self._ended)
+        self._max_body_bytes = config.max_body_bytes or 32 * self._limits.window + (1 << 20)
         self._exchanges: set[Exchange] = set()
 
     @property
@@ -64,25 +65,26 @@ class Gateway:
 
     async def plan(self, request: Request) -> Response:
         """Whether a request would fit and how long it would take, without sending it: the same body as for generation."""
-        _, call = await self._accept(request, None)
-        sized = await size(call, self._services.limits, None, self._watch.upstream, request.state.request_id)
-        capacity, prompt_tokens = self._admission.capacity, sum(sized.prompt_tokens)
-        assert capacity is not None
-        kv_tokens = self._admission.reserve_tokens(call.n, sized.prompt_tokens, sized.max_tokens)
+        caller, call = await self._accept(request, None)
+        pool, sized = await self._profiles.place(call, caller, request.state.request_id, remember=False)
+        prompt_tokens, need = sum(sized.prompt_tokens), Need(call.n, sized.prompt_tokens, sized.max_tokens)
+        admission, largest = pool.admission, pool.admission.roomiest()
+        free_tokens = max(ledger.free_tokens for ledger in admission.ledgers)
         first_s, last_s = self._services.pace.estimate_s(prompt_tokens, sized.max_tokens)
         return _json(
             {
                 "object": "plan",
-                "fits": kv_tokens <= capacity.kv_tokens,
-                "fits_now": kv_tokens <= capacity.kv_tokens - self._admission.reserved_tokens,
+                "fits": largest.cost(need) <= largest.kv_tokens,
+                "fits_now": largest.cost(need) <= free_tokens,
+                "profile": pool.profile,
                 "prompt_tokens": prompt_tokens,
                 "max_tokens": sized.max_tokens,
-                "window": self._services.limits.window,
+                "window": self._limits.window,
                 "beyond_measured": sized.beyond_measured,
-                "kv_tokens": kv_tokens,
-                "kv_tokens_free": capacity.kv_tokens - self._admission.reserved_tokens,
-                "lane": "long" if max(sized.prompt_tokens) > capacity.long_tokens else "short",
-                "requests_waiting": self._admission.waiting,
+                "kv_tokens": largest.cost(need),
+                "kv_tokens_free": free_tokens,
+                "lane": "long" if admission.is_long(need) else "short",
+                "requests_waiting": admission.waiting,
                 "estimated_first_token_s": first_s,
                 "estimated_last_token_s": last_s,
             }
@@ -91,15 +93,16 @@ class Gateway:
     async def _accept(self, request: Request, kind: Kind | None) -> tuple[Caller, Call]:
         """Everything that can be said of a request before it is counted."""
         caller = self._keys.identify(request.headers.get("authorization"))
-        if refusal := self._health.refusal(self._config.drain_s if self._health.is_draining else _RETRY_AFTER_S):
+        health = self._profiles.main.health
+        if refusal := health.refusal(self._config.drain_s if health.is_draining else _RETRY_AFTER_S):
             raise refusal
         caller.check_quota()
         body = await self._read_body(request)
         kind = kind or (CHAT if "messages" in decode(body) else COMPLETION)
-        known = self._watch.parameters.get(kind.schema, frozenset())
+        known = self._profiles.main.parameters.get(kind.schema, frozenset())
         if kind is RESPONSES and not known:
             raise ApiError(404, "this engine has no /v1/responses", "not_found")
-        return caller, self._literal.clean(parse(body, kind, self._services.limits, known, self._card["id"]))
+        return caller, self._literal.clean(parse(body, kind, self._limits, known, self._card["id"]))
 
     async def models(self, request: Request) -> Response:
         self._keys.identify(request.headers.get("authorization"))
@@ -116,13 +119,14 @@ class Gateway:
 
     async def openapi(self, request: Request) -> Response:
         self._keys.identify(request.headers.get("authorization"))
-        return _json(openapi.document(self._services.limits, self._watch.parameters, self._keys.are_required))
+        return _json(openapi.document(self._limits, self._profiles.main.parameters, self._keys.are_required))
 
     async def live(self) -> Response:
         return _json({"status": "live"})
 
     async def ready(self) -> Response:
-        return _json({"status": str(self._health.phase), "reason": self._health.reason}, 200 if self._health.is_ready else 503)
+        health = self._profiles.main.health
+        return _json({"status": str(health.phase), "reason": health.reason}, 200 if health.is_ready else 503)
 
     async def metrics(self, request: Request) -> Response:
         caller = self._keys.identify(request.headers.get("authorization"))
@@ -136,22 +140,28 @@ class Gateway:
 
     async def scrape(self) -> Response:
         """Our metrics and the engine's in one answer, for whoever may see them."""
-        engine_text = await self._watch.engine_metrics()
-        for lane, waiting in zip(("short", "long"), self._admission.waiting_by_lane(), strict=True):
-            self._metrics.waiting.labels(lane).set(waiting)
+        watches = [watch for pool in self._profiles.pools for watch in pool.watches]
+        texts = await asyncio.gather(*(watch.engine_metrics() for watch in watches))
+        for pool in self._profiles.pools:
+            for lane, waiting in zip(("short", "long"), pool.admission.waiting_by_lane(), strict=True):
+                self._metrics.waiting.labels(pool.profile, lane).set(waiting)
         self._metrics.in_flight.set(self.in_flight)
-        self._metrics.reserved.set(self._admission.reserved_tokens)
-        self._metrics.long_prefills.set(self._admission.long_prefills)
-        return Response(self._metrics.render(engine_text), media_type="text/plain; version=0.0.4")
+        for watch in watches:
+            self._metrics.reserved.labels(watch.name).set(watch.ledger.reserved_tokens)
+            self._metrics.long_prefills.labels(watch.name).set(watch.ledger.long_prefills)
+        text = self._metrics.render({watch.name: text for watch, text in zip(watches, texts, strict=True)})
+        return Response(text, media_type="text/plain; version=0.0.4")
 
     def _ended(self, exchange: Exchange) -> None:
         self._exchanges.discard(exchange)
         route = exchange.call.kind.path
-        self._metrics.requests.labels(exchange.caller.name, route, exchange.outcome).inc()
+        self._metrics.requests.labels(exchange.caller.name, route, exchange.profile, exchange.outcome).inc()
         fields = {
             "request_id": exchange.request_id,
             "key": exchange.caller.name,
             "route": route,
+            "profile": exchange.profile,
+            "engine": exchange.engine,
             "status": exchange.status,
             "outcome": exchange.outcome,
             "stream": exchange.call.stream,

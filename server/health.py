@@ -1,5 +1,6 @@
 """What the probes say: live as long as the process runs, ready when the engine has just proved that it generates."""
 
+import asyncio
 from enum import StrEnum
 
 from server.errors import ApiError, unavailable
@@ -15,12 +16,21 @@ class Phase(StrEnum):
 
 
 class Health:
-    """The one place that knows whether requests may come in. Draining is final."""
+    """Knows of one engine whether requests may come in. Draining is final."""
 
     def __init__(self) -> None:
         self.phase = Phase.LOADING
         self.reason = "starting"
-        self.was_ready = False
+        self._first_ready = asyncio.Event()
+
+    @property
+    def was_ready(self) -> bool:
+        """Whether the engine has ever been ready."""
+        return self._first_ready.is_set()
+
+    async def until_first_ready(self) -> None:
+        """Wait until the engine has been ready once."""
+        await self._first_ready.wait()
 
     @property
     def is_ready(self) -> bool:
@@ -35,7 +45,7 @@ class Health:
         self._enter(Phase.LOADING, reason)
 
     def ready(self) -> None:
-        self.was_ready = True
+        self._first_ready.set()
         self._enter(Phase.READY, "ok")
 
     def unready(self, reason: str) -> None:

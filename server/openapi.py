@@ -37,12 +37,24 @@ _ERROR: Schema = {
 }
 _PLAN: Schema = {
     "type": "object",
-    "required": ["object", "fits", "fits_now", "prompt_tokens", "max_tokens", "window", "beyond_measured", "kv_tokens", "lane"],
+    "required": [
+        "object",
+        "fits",
+        "fits_now",
+        "prompt_tokens",
+        "max_tokens",
+        "window",
+        "beyond_measured",
+        "kv_tokens",
+        "lane",
+        "profile",
+    ],
     "properties": {
         **{name: {"type": "boolean"} for name in ("fits", "fits_now", "beyond_measured")},
         **{name: {"type": "integer"} for name in ("prompt_tokens", "max_tokens", "window", "kv_tokens", "kv_tokens_free")},
         "requests_waiting": {"type": "integer"},
         "lane": {"enum": ["short", "long"]},
+        "profile": {"enum": ["restored", "native"]},
         "estimated_first_token_s": {"type": ["number", "null"]},
         "estimated_last_token_s": {"type": ["number", "null"]},
     },

@@ -2,13 +2,16 @@
 
 import hashlib
 import json
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
 from server.call import CHAT, COMPLETION, RESPONSES, Call, CallLimits
 from server.connection import UpstreamError
 from server.errors import ApiError, bad_request
-from server.upstream import Upstream
+
+# Asks an engine: method, path, JSON, request id -> status, JSON.
+Ask = Callable[[str, str, Any, str], Awaitable[tuple[int, Any]]]
 
 # A byte-level tokenizer makes at most one token of a byte, so a short body is bounded well enough without counting.
 _COUNT_FROM_BYTES = 1024
@@ -27,25 +30,32 @@ class Sized:
     beyond_measured: bool
 
 
-async def size(call: Call, limits: CallLimits, salt: str | None, upstream: Upstream, request_id: str) -> Sized:
-    """Count the prompt where it matters, choose max_tokens where the client did not, and complete the body.
+async def count(call: Call, limits: CallLimits, exact_from: int, ask: Ask, request_id: str) -> tuple[int, ...]:
+    """Length of each prompt, or a bound where prompt and answer end before `exact_from` tokens all the same.
 
     Raises:
-        ApiError: 400 with the prompt's length and the window's, if they do not go together.
+        ApiError: the engine cannot read the prompt.
         UpstreamError: the engine did not count.
     """
     prompt_tokens = call.prompt_tokens or (len(call.body),) * call.prompts
     longest = max(prompt_tokens)
-    measured = min(limits.measured or limits.window, limits.window)
-    is_tight = longest + (call.max_tokens or limits.default_max_tokens) > measured
+    is_tight = longest + (call.max_tokens or limits.default_max_tokens) > exact_from
     if call.prompt_tokens is None and (is_tight or longest > _COUNT_FROM_BYTES):
-        prompt_tokens = await _count(call, limits.window, upstream, request_id)
-        longest = max(prompt_tokens)
+        return await _count(call, limits.window, ask, request_id)
+    return prompt_tokens
+
+
+def fit(call: Call, limits: CallLimits, prompt_tokens: tuple[int, ...], salt: str | None) -> Sized:
+    """Choose max_tokens where the client did not, and complete the body.
+
+    Raises:
+        ApiError: 400 with the prompt's length and the window's, if they do not go together.
+    """
+    longest = max(prompt_tokens)
     if longest + (call.max_tokens or 1) > limits.window:
         raise _too_long(call, longest, limits.window)
     max_tokens = call.max_tokens or min(limits.default_max_tokens, limits.window - longest)
-    beyond_measured = longest + max_tokens > measured
-    return Sized(prompt_tokens, max_tokens, _payload(call, max_tokens, salt), beyond_measured)
+    return Sized(prompt_tokens, max_tokens, _payload(call, max_tokens, salt), longest + max_tokens > limits.measured_window)
 
 
 def _too_long(call: Call, prompt_tokens: int, window: int) -> ApiError:
@@ -58,10 +68,10 @@ def _too_long(call: Call, prompt_tokens: int, window: int) -> ApiError:
     return bad_request(f"{counts}; {remedy}", call.kind.prompt, "context_length_exceeded")
 
 
-async def _count(call: Call, window: int, upstream: Upstream, request_id: str) -> tuple[int, ...]:
+async def _count(call: Call, window: int, ask: Ask, request_id: str) -> tuple[int, ...]:
     counts = []
     for question in _questions(call):
-        status, answer = await upstream.call("POST", "/tokenize", question, request_id)
+        status, answer = await ask("POST", "/tokenize", question, request_id)
         if status >= 500:
             raise UpstreamError(f"/tokenize answered {status}")
         if status != 200:

@@ -17,10 +17,10 @@ _LAST_WORDS_S = 0.2
 
 
 class Supervisor:
-    """Owns the engine process, and has `watch` say how it does."""
+    """Owns the engine process, and has `watch` say how it does. It starts after `first`, so that both measure their memory."""
 
-    def __init__(self, config: ServeConfig, spec: EngineSpec, watch: Watch) -> None:
-        self._config, self._spec, self.watch = config, spec, watch
+    def __init__(self, config: ServeConfig, spec: EngineSpec, watch: Watch, first: Watch | None = None) -> None:
+        self._config, self._spec, self.watch, self._first = config, spec, watch, first
         self._engine: Engine | None = None
 
     async def run(self) -> None:
@@ -29,6 +29,8 @@ class Supervisor:
         Raises:
             EngineDiedError: the first one never became ready, or too many died in a row.
         """
+        if self._first:
+            await self._first.health.until_first_ready()
         deaths: deque[float] = deque()
         while True:
             self.watch.health.loading("the engine is loading the model")
@@ -49,8 +51,8 @@ class Supervisor:
                     f"{self._config.max_restarts} restarts (--max-restarts); last: {problem}"
                 )
             backoff_s = self._config.restart_backoff_s * 2 ** (len(deaths) - 1)
-            log.error("engine down: %s; restart %d in %.1f s", problem, len(deaths), backoff_s)
-            self.watch.metrics.restarts.inc()
+            log.error("engine %s down: %s; restart %d in %.1f s", self.watch.name, problem, len(deaths), backoff_s)
+            self.watch.metrics.restarts.labels(self.watch.name).inc()
             await asyncio.sleep(backoff_s)
 
     async def stop(self, grace_s: float) -> None:

@@ -5,10 +5,11 @@ import contextlib
 import math
 import time
 
-from server.admission import Admission, Capacity
+from server.admission import Admission
 from server.config import ServeConfig
 from server.connection import UpstreamError
 from server.health import Health
+from server.ledger import Capacity, Ledger
 from server.metrics import Metrics, engine_sample
 from server.upstream import Upstream
 
@@ -17,33 +18,34 @@ _SCRAPE_TIMEOUT_S = 2
 
 
 class Watch:
-    """Tells `health` and `admission` what it learns of the engine behind `upstream`, whoever started that.
+    """Tells `health`, `ledger` and `admission` what it learns of the engine behind `upstream`, whoever started that.
 
-    `lanes` are the tokens of a batch and of a long prompt's share of it; `window` is in tokens.
+    `window` is in tokens; `name` is the engine's in metrics and logs.
     """
 
     def __init__(
         self,
+        name: str,
         config: ServeConfig,
         upstream: Upstream,
         window: int,
-        lanes: tuple[int, int],
-        health: Health,
+        ledger: Ledger,
         admission: Admission,
         metrics: Metrics,
     ) -> None:
-        self.upstream, self.window = upstream, window
-        self.health, self.admission, self.metrics = health, admission, metrics
+        self.name, self.upstream, self.window, self.ledger = name, upstream, window, ledger
+        self.health, self.metrics = Health(), metrics
         self.parameters: dict[str, frozenset[str]] = {}
-        self._config, self._lanes = config, lanes
+        self._config, self._admission = config, admission
         self._suspect = asyncio.Event()
         self._corrupted_requests = 0.0
         self._finite_canary = True
         self._last_event_at = time.monotonic()
+        metrics.know(name)
 
     def suspect(self) -> None:
         """A request saw the engine fail: let nobody in until the next canary, and send that now."""
-        self.admission.close()
+        self.ledger.close()
         self._suspect.set()
 
     def heard(self) -> None:
@@ -53,8 +55,8 @@ class Watch:
     def down(self, problem: str) -> None:
         """Nobody may come in until the engine is there again."""
         self.health.down(problem)
-        self.admission.close()
-        self.metrics.ready.set(False)
+        self.ledger.close()
+        self.metrics.ready.labels(self.name).set(False)
 
     async def engine_metrics(self) -> str | None:
         """The engine's own metrics, or None when it does not give them in time."""
@@ -79,10 +81,11 @@ class Watch:
                 return problem
             else:
                 self.health.unready(problem)
+                self.ledger.is_ready = False
                 silence_s = time.monotonic() - self._last_event_at
                 if silence_s > self._config.hang_timeout_s:
                     return f"{problem}, nothing heard for {silence_s:.0f} s"
-            self.metrics.ready.set(self.health.is_ready)
+            self.metrics.ready.labels(self.name).set(self.health.is_ready)
             self._suspect.clear()
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(self._config.canary_interval_s):
@@ -92,8 +95,9 @@ class Watch:
         engine_text = await self.engine_metrics() or ""
         if self._is_corrupt(engine_text):
             self.health.corrupt("the engine computes non-finite logits")
+            self.ledger.close()
         else:
-            self.admission.open(self._measure_capacity(engine_text))
+            self._admission.open(self.ledger, self._measure_capacity(engine_text))
             self.health.ready()
 
     async def _until_loaded(self) -> str | None:
@@ -135,18 +139,17 @@ class Watch:
         total = sum(value for _, value in engine_sample(engine_text, "vllm:corrupted_requests_total"))
         is_corrupt = total > self._corrupted_requests or not self._finite_canary
         self._corrupted_requests = total
-        self.metrics.non_finite.set(is_corrupt)
+        self.metrics.non_finite.labels(self.name).set(is_corrupt)
         return is_corrupt
 
     def _measure_capacity(self, engine_text: str) -> Capacity:
         """The KV cache by the engine's own metrics; where it does not say, room for one window."""
-        batch_tokens, long_tokens = self._lanes
         samples = engine_sample(engine_text, "vllm:cache_config_info")
         blocks = sum(int(labels["num_gpu_blocks"]) for labels, _ in samples if labels.get("num_gpu_blocks", "").isdigit())
         block_tokens = int(samples[0][0]["block_size"]) if blocks else 16
         kv_tokens = (blocks - len(samples)) * block_tokens if blocks else self.window  # one block of each is vLLM's own
-        self.metrics.capacity.set(kv_tokens)
-        return Capacity(kv_tokens, block_tokens, long_tokens, max(1, batch_tokens // long_tokens - 1))
+        self.metrics.capacity.labels(self.name).set(kv_tokens)
+        return Capacity(kv_tokens, block_tokens)
 
 
 def _has_finite_logprob(answer: object) -> bool:

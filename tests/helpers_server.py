@@ -143,11 +143,14 @@ class Gateway:
         return [event for event in events if event["event"] == name]
 
     def metric(self, name: str) -> float:
+        """The metric's value, summed over the labels that `name{label="value"}` does not state."""
         with self.client() as client:
             text = client.get("/metrics").text
-        found = re.search(rf"^{re.escape(name)} (\S+)$", text, re.MULTILINE)
-        assert found, f"{name} is not in /metrics"
-        return float(found.group(1))
+        name, *wanted = re.findall(r'[\w:]+="[^"]*"|[\w:]+', name)
+        found = re.findall(rf"^{re.escape(name)}(?:\{{(.*)\}})? (\S+)$", text, re.MULTILINE)
+        values = [float(value) for labels, value in found if all(pair in labels for pair in wanted)]
+        assert values, f"{name} is not in /metrics"
+        return sum(values)
 
     def wait(self, timeout_s: float = 60) -> int:
         return self.process.wait(timeout_s)

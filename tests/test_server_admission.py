@@ -4,28 +4,41 @@ import asyncio
 
 import pytest
 
-from server.admission import Admission, Capacity, Ticket
+from server.admission import Admission, Lanes, Ticket
 from server.errors import ApiError
+from server.ledger import Capacity, Ledger, Need
 
-ROOM = Capacity(kv_tokens=1000, block_tokens=10, long_tokens=100, max_long_prefills=2)
+ROOM = Capacity(kv_tokens=1000, block_tokens=10)
 
 
-def admission(queue_size: int = 10, queue_timeout_s: float = 5.0) -> Admission:
-    made = Admission(queue_size, queue_timeout_s)
-    made.open(ROOM)
-    return made
+class Door(Admission):
+    """The queue before engines with 1,000 tokens each, asked by the tokens of a whole request."""
+
+    def __init__(self, queue_size: int = 10, queue_timeout_s: float = 5.0, engines: int = 1) -> None:
+        lanes = Lanes(long_tokens=100, max_long_prefills=2)
+        super().__init__([Ledger() for _ in range(engines)], lanes, queue_size, queue_timeout_s)
+        for ledger in self.ledgers:
+            self.open(ledger, ROOM)
+
+    @property
+    def ledger(self) -> Ledger:
+        return self.ledgers[0]
+
+
+def need(tokens: int, prompt_tokens: int = 1) -> Need:
+    return Need(1, (prompt_tokens,), tokens - prompt_tokens)
 
 
 class Guest:
     """A request that enters in the background and stays until told to go."""
 
-    def __init__(self, door: Admission, tokens: int, prompt_tokens: int = 1) -> None:
+    def __init__(self, door: Door, tokens: int, prompt_tokens: int = 1) -> None:
         self.inside, self._go = asyncio.Event(), asyncio.Event()
         self.ticket: Ticket | None = None
         self.task = asyncio.create_task(self._visit(door, tokens, prompt_tokens))
 
-    async def _visit(self, door: Admission, tokens: int, prompt_tokens: int) -> None:
-        async with door.slot(tokens, prompt_tokens) as self.ticket:
+    async def _visit(self, door: Door, tokens: int, prompt_tokens: int) -> None:
+        async with door.slot(need(tokens, prompt_tokens)) as self.ticket:
             self.inside.set()
             await self._go.wait()
 
@@ -40,40 +53,40 @@ async def settle() -> None:
 
 
 def test_a_reservation_is_whole_blocks_of_every_sequence() -> None:
-    assert admission().reserve_tokens(n=1, prompt_tokens=(11,), max_tokens=8) == 20
-    assert admission().reserve_tokens(n=3, prompt_tokens=(11,), max_tokens=10) == 3 * 30
-    assert admission().reserve_tokens(n=2, prompt_tokens=(1, 15), max_tokens=5) == 2 * (10 + 20)
+    assert Need(n=1, prompt_tokens=(11,), max_tokens=8).kv_tokens(ROOM) == 20
+    assert Need(n=3, prompt_tokens=(11,), max_tokens=10).kv_tokens(ROOM) == 3 * 30
+    assert Need(n=2, prompt_tokens=(1, 15), max_tokens=5).kv_tokens(ROOM) == 2 * (10 + 20)
 
 
 async def test_reservations_never_exceed_the_cache_and_come_back() -> None:
-    door = admission()
+    door = Door()
     first, second = Guest(door, 600), Guest(door, 600)
     await settle()
     assert (first.inside.is_set(), second.inside.is_set()) == (True, False)
-    assert (door.reserved_tokens, door.waiting) == (600, 1)
+    assert (door.ledger.reserved_tokens, door.waiting) == (600, 1)
     await first.leave()
     await settle()
     assert second.inside.is_set()
     await second.leave()
-    assert (door.reserved_tokens, door.running, door.waiting) == (0, 0, 0)
+    assert (door.ledger.reserved_tokens, door.ledger.running, door.waiting) == (0, 0, 0)
 
 
 async def test_a_request_that_can_never_fit_is_refused_at_once() -> None:
-    with pytest.raises(ApiError, match=r"1001 tokens.*1000") as caught:
-        async with admission().slot(1001, 1):
+    with pytest.raises(ApiError, match=r"1010 tokens.*1000") as caught:
+        async with Door().slot(need(1001)):
             pass
     assert caught.value.status == 400
 
 
 @pytest.mark.fault("S8")
 async def test_a_full_queue_and_a_long_wait_are_429() -> None:
-    door = admission(queue_size=1, queue_timeout_s=0.1)
+    door = Door(queue_size=1, queue_timeout_s=0.1)
     inside = Guest(door, 1000)
     await settle()
     waiting = Guest(door, 10)
     await settle()
     with pytest.raises(ApiError, match="1 requests are waiting") as full:
-        async with door.slot(10, 1):
+        async with door.slot(need(10)):
             pass
     with pytest.raises(ApiError, match=r"within 0\.1 s") as late:
         await waiting.task
@@ -84,18 +97,18 @@ async def test_a_full_queue_and_a_long_wait_are_429() -> None:
 
 
 async def test_one_who_stops_waiting_leaves_no_trace() -> None:
-    door = admission()
+    door = Door()
     inside, waiting, behind = Guest(door, 900), Guest(door, 200), Guest(door, 300)
     await settle()
     waiting.task.cancel()
     await inside.leave()
     await settle()
     assert behind.inside.is_set()
-    assert door.reserved_tokens == 300
+    assert door.ledger.reserved_tokens == 300
 
 
 async def test_long_prompts_leave_room_in_the_batch_for_short_ones() -> None:
-    door = admission()
+    door = Door()
     longs = [Guest(door, 150, prompt_tokens=140) for _ in range(3)]
     short = Guest(door, 50, prompt_tokens=5)
     await settle()
@@ -106,15 +119,15 @@ async def test_long_prompts_leave_room_in_the_batch_for_short_ones() -> None:
     longs[0].ticket.prefilled()
     await settle()
     assert longs[2].inside.is_set()
-    assert door.long_prefills == 2
+    assert door.ledger.long_prefills == 2
     for guest in longs:
         await guest.leave()
-    assert door.long_prefills == 0
+    assert door.ledger.long_prefills == 0
 
 
 @pytest.mark.timing
 async def test_short_requests_overtake_a_blocked_long_one_but_not_for_ever() -> None:
-    door = admission(queue_timeout_s=0.4)
+    door = Door(queue_timeout_s=0.4)
     inside = Guest(door, 500, prompt_tokens=5)
     await settle()
     big = Guest(door, 800, prompt_tokens=700)
@@ -134,12 +147,49 @@ async def test_short_requests_overtake_a_blocked_long_one_but_not_for_ever() -> 
 
 
 async def test_a_closed_door_keeps_the_queue() -> None:
-    door = admission()
-    door.close()
+    door = Door()
+    door.ledger.close()
     waiting = Guest(door, 10)
     await settle()
     assert not waiting.inside.is_set()
-    door.open(ROOM)
+    door.open(door.ledger, ROOM)
     await settle()
     assert waiting.inside.is_set()
     await waiting.leave()
+
+
+async def test_of_several_engines_the_one_with_most_room_gets_the_next_request() -> None:
+    door = Door(engines=2)
+    guests = []
+    for tokens in (600, 300, 300, 400):
+        guests.append(Guest(door, tokens))
+        await settle()
+    assert [door.ledgers.index(guest.ticket.ledger) for guest in guests if guest.ticket and guest.ticket.ledger] == [0, 1, 1, 0]
+    assert [ledger.reserved_tokens for ledger in door.ledgers] == [1000, 600]
+    for guest in guests:
+        await guest.leave()
+    assert [ledger.reserved_tokens for ledger in door.ledgers] == [0, 0]
+
+
+async def test_an_engine_that_is_gone_or_silent_gets_nothing_while_another_is_ready() -> None:
+    door = Door(engines=2)
+    door.ledgers[0].is_ready = False
+    guests = [Guest(door, 600), Guest(door, 600)]
+    await settle()
+    assert [guest.inside.is_set() for guest in guests] == [True, False]
+    door.ledgers[1].close()
+    await guests[0].leave()  # what it held is gone with its engine; the silent one is all that is left
+    await settle()
+    assert guests[1].ticket
+    assert guests[1].ticket.ledger is door.ledgers[0]
+    await guests[1].leave()
+
+
+async def test_each_engine_reads_so_many_long_prompts_of_its_own() -> None:
+    door = Door(engines=2)
+    longs = [Guest(door, 150, prompt_tokens=140) for _ in range(5)]
+    await settle()
+    assert [guest.inside.is_set() for guest in longs] == [True] * 4 + [False]
+    assert [ledger.long_prefills for ledger in door.ledgers] == [2, 2]
+    for guest in longs:
+        await guest.leave()

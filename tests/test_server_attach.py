@@ -1,7 +1,11 @@
 """`ard serve --attach`: an engine that somebody else runs is watched, used through the gateway, and never stopped."""
 
+import json
+import os
+import signal
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +22,8 @@ from helpers_server import (
     wait_for,
 )
 
+from server.metrics import engine_sample
+
 
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[StartGateway]:
@@ -33,7 +39,7 @@ def port() -> int:
 @pytest.fixture
 def attach(start: StartGateway, port: int) -> Callable[..., Gateway]:
     def attach(**fields: Any) -> Gateway:
-        return start(environment={"ARD_ENGINE_KEY": ENGINE_KEY}, attach=f"http://127.0.0.1:{port}", **fields)
+        return start(environment={"ARD_ENGINE_KEY": ENGINE_KEY}, attach=[f"http://127.0.0.1:{port}"], **fields)
 
     return attach
 
@@ -84,7 +90,48 @@ def test_an_engine_that_does_not_fit_is_exit_2(
 
 def test_a_wrong_engine_key_is_exit_2_and_not_shown(start: StartGateway, port: int, tmp_path: Path) -> None:
     with running_engine(FAKE_ENGINE, port, tmp_path / "log"):
-        gateway = start(environment={"ARD_ENGINE_KEY": "mistyped"}, attach=f"http://127.0.0.1:{port}")
+        gateway = start(environment={"ARD_ENGINE_KEY": "mistyped"}, attach=[f"http://127.0.0.1:{port}"])
         assert gateway.wait() == 2
     assert "$ARD_ENGINE_KEY" in gateway.stderr
     assert "mistyped" not in gateway.stderr
+
+
+@pytest.mark.fault("S4")
+def test_of_two_attached_engines_one_is_lost_and_the_other_goes_on(start: StartGateway, tmp_path: Path) -> None:
+    ports, logs = (free_port(), free_port()), (tmp_path / "log0", tmp_path / "log1")
+    urls = [f"http://127.0.0.1:{port}" for port in ports]
+    with running_engine(FAKE_ENGINE, ports[0], logs[0]) as first, running_engine(FAKE_ENGINE, ports[1], logs[1]):
+        gateway = start(environment={"ARD_ENGINE_KEY": ENGINE_KEY}, attach=urls).until_ready()
+        wait_for(lambda: gateway.metric("ard_ready") == 2, 5)
+        assert gateway.metric("ard_kv_capacity_tokens") == 2 * 64 * 16
+        with ThreadPoolExecutor() as pool:
+            slow = {"tokens": 30, "gap_s": 0.1}
+            streams = [pool.submit(complete, gateway, stream=True, max_tokens=500, script=slow) for _ in range(4)]
+            wait_for(lambda: gateway.metric("ard_kv_reserved_tokens") == 4 * 512, 5)
+            wait_for(lambda: starts(logs[0]) == starts(logs[1]) == 2, 5)
+            os.killpg(first.pid, signal.SIGKILL)
+            texts = [stream.result().text for stream in streams]
+        assert sorted(text.rstrip().endswith("data: [DONE]") for text in texts) == [False, False, True, True]
+        assert sum("engine_failed" in text for text in texts) == 2
+        assert gateway.status("/readyz") == 200
+        assert gateway.metric("ard_ready") == 1
+        assert [complete(gateway).status_code for _ in range(5)] == [200] * 5
+        assert (starts(logs[0]), starts(logs[1])) == (2, 7)
+
+
+def test_the_metrics_of_two_engines_are_one_valid_scrape(start: StartGateway, tmp_path: Path) -> None:
+    ports = (free_port(), free_port())
+    with running_engine(FAKE_ENGINE, ports[0], tmp_path / "a"), running_engine(FAKE_ENGINE, ports[1], tmp_path / "b"):
+        urls = [f"http://127.0.0.1:{port}" for port in ports]
+        gateway = start(environment={"ARD_ENGINE_KEY": ENGINE_KEY}, attach=urls).until_ready()
+        wait_for(lambda: gateway.metric("ard_ready") == 2, 5)
+        with gateway.client() as client:
+            text = client.get("/metrics").text
+    samples = engine_sample(text, "vllm:cache_config_info")
+    assert [labels["ard_engine"] for labels, _ in samples] == ["0", "1"]
+    assert text.count("# TYPE vllm:cache_config_info") <= 1
+
+
+def starts(log: Path) -> int:
+    """Requests that reached an engine."""
+    return sum(json.loads(line)["event"] == "start" for line in log.read_text().splitlines())

@@ -92,7 +92,7 @@ def test_probes_need_no_key_and_metrics_an_admin_one(keyed_gateway: Gateway) -> 
         assert client.get("/metrics").status_code == 403
     with keyed_gateway.client(ADMIN) as client:
         text = client.get("/metrics").text
-    assert "ard_ready 1.0" in text
+    assert 'ard_ready{engine="0"} 1.0' in text
     assert "vllm:cache_config_info" in text
 
 
@@ -425,5 +425,5 @@ def test_the_metrics_port_needs_no_key_and_has_nothing_else(start: StartGateway,
     path.write_text(f'[keys.alice]\nsha256 = "{hash_key(ALICE)}"\n')
     gateway = start(api_keys=str(path), metrics_port=0).until_ready()
     url = re.findall(r"listening on (\S+), metrics", gateway.stdout)[0]
-    assert "ard_ready 1.0" in httpx.get(f"{url}/metrics").text
+    assert 'ard_ready{engine="0"} 1.0' in httpx.get(f"{url}/metrics").text
     assert httpx.post(f"{url}/v1/completions", json={}).status_code == 404

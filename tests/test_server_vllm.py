@@ -238,7 +238,7 @@ def test_an_engine_that_already_runs_is_attached_to_and_left_running(model: Path
     port = free_port()
     flags = ("--model", str(model), "--served-model-name", "tiny", "--enforce-eager", "--kv-cache-memory-bytes", "12000000")
     with running_engine((*VLLM, *flags), port, tmp_path / "log") as process, gateways(tmp_path) as start:
-        address = {"attach": f"http://127.0.0.1:{port}", "model": str(model), "canary_timeout_s": 30}
+        address = {"attach": [f"http://127.0.0.1:{port}"], "model": str(model), "canary_timeout_s": 30}
         gateway = start(environment={"ARD_ENGINE_KEY": ENGINE_KEY}, **address).until_ready(300)
         client = openai.OpenAI(base_url=f"{gateway.url}/v1", api_key="none", max_retries=0)
         stream = client.completions.create(model="tiny", prompt="x", max_tokens=5, stream=True, extra_body={"ignore_eos": True})

@@ -111,9 +111,10 @@ def _reduce(kl_BHM: Tensor, reduction: Reduction, spans: Spans | None, tokens: i
     if reduction == "sum":
         return kl_BHM.sum()
     batch, heads, rows = kl_BHM.shape
-    valid: int | Tensor = batch * (tokens or rows)
-    if spans is not None:
-        valid = (spans.end_BT > 0).sum().clamp(min=1)
+    tokens = tokens or rows
+    if spans is None and tokens == rows:  # one operation less each way, on the host and on the device
+        return kl_BHM.mean((0, 2)) if reduction == "head" else kl_BHM.mean()
+    valid = batch * tokens if spans is None else (spans.end_BT > 0).sum().clamp(min=1)
     return kl_BHM.sum((0, 2)) / valid if reduction == "head" else kl_BHM.sum() / (valid * heads)
 
 

@@ -16,14 +16,15 @@ import triton.language as tl
 from torch import Tensor
 
 from restore.kernels.documents import Spans
+from restore.kernels.triton_launch import launch
 from restore.kernels.triton_tiles import (
     LN_2,
     LOG2_E,
     LOWEST,
     Tile,
+    constants,
     head_start,
     load_tile,
-    options,
     pick,
     step,
     unit_stride,
@@ -151,10 +152,11 @@ def forward(
     inputs = unit_stride(q_s_BHMD, k_s_BGTD, q_t_BHMD, k_t_BGTD)
     kl_BHM, lse_s_BHM, lse_t_BHM = (q_s_BHMD.new_empty((batch, heads, rows), dtype=torch.float32) for _ in range(3))
     tile = pick("forward", q_s_BHMD, tile)
-    _kernel[(triton.cdiv(rows, tile.rows) * batch * heads,)](
+    arguments = (
         *inputs, kl_BHM, lse_s_BHM, lse_t_BHM, None if spans is None else spans.start_BT,
         None if row_BHM is None else row_BHM.contiguous(),
         *(stride for tensor in inputs for stride in tensor.stride()[:3]),
-        heads, heads // groups, rows, columns, *scales, ROWS=tile.rows, COLUMNS=tile.columns, **options(tile, inputs),
+        heads, heads // groups, rows, columns, *scales,
     )  # fmt: skip
+    launch(_kernel, triton.cdiv(rows, tile.rows) * batch * heads, arguments, constants(tile, inputs), tile)
     return kl_BHM, lse_s_BHM, lse_t_BHM

@@ -14,14 +14,15 @@ import triton.language as tl
 from torch import Tensor
 
 from restore.kernels.documents import Spans
+from restore.kernels.triton_launch import launch
 from restore.kernels.triton_tiles import (
     LOG2_E,
     Tile,
+    constants,
     difference,
     head_start,
     load_tile,
     normalise,
-    options,
     pick,
     step,
     unit_stride,
@@ -113,17 +114,17 @@ def key_backward(
     inputs = unit_stride(q_s_BHMD, k_s_BGTD, q_t_BHMD, k_t_BGTD)
     grad_BHM, peak, shift = normalise(grad_BHM, q_s_BHMD)
     dk_BGTD = torch.empty_like(inputs[1])
-    tile = pick("backward", q_s_BHMD, tile)
+    tile = pick("key_backward", q_s_BHMD, tile)
     tiles = triton.cdiv(columns, tile.rows)
     from_row = None
     if row_BHM is not None:
         row_BHM = row_BHM.contiguous()
         edge = torch.arange(0, tiles * tile.rows, tile.rows, device=row_BHM.device, dtype=row_BHM.dtype)
         from_row = torch.searchsorted(row_BHM, edge.expand(batch, heads, tiles).contiguous(), out_int32=True)
-    _kernel[(tiles * batch * groups,)](
+    arguments = (
         *inputs, grad_BHM, lse_s_BHM, lse_t_BHM, dk_BGTD, peak, None if spans is None else spans.start_BT, row_BHM, from_row,
         *(stride for tensor in (*inputs, dk_BGTD) for stride in tensor.stride()[:3]),
         groups, heads // groups, rows, columns, *scales,
-        ROWS=tile.rows, COLUMNS=tile.columns, SHIFT=shift, **options(tile, inputs),
     )  # fmt: skip
+    launch(_kernel, tiles * batch * groups, arguments, constants(tile, inputs) | {"SHIFT": shift}, tile)
     return dk_BGTD

@@ -12,14 +12,15 @@ import triton.language as tl
 from torch import Tensor
 
 from restore.kernels.documents import Spans
+from restore.kernels.triton_launch import launch
 from restore.kernels.triton_tiles import (
     LOG2_E,
     Tile,
+    constants,
     difference,
     head_start,
     load_tile,
     normalise,
-    options,
     pick,
     step,
     unit_stride,
@@ -116,12 +117,12 @@ def query_backward(
     inputs = unit_stride(q_s_BHMD, k_s_BGTD, q_t_BHMD, k_t_BGTD)
     grad_BHM, peak, shift = normalise(grad_BHM, q_s_BHMD)
     dq_BHMD = torch.empty_like(inputs[0])
-    tile = pick("backward", q_s_BHMD, tile)
-    _kernel[(triton.cdiv(rows, tile.rows) * batch * heads,)](
+    tile = pick("query_backward", q_s_BHMD, tile)
+    arguments = (
         *inputs, grad_BHM, lse_s_BHM, lse_t_BHM, dq_BHMD, peak, *((None, None) if spans is None else spans),
         None if row_BHM is None else row_BHM.contiguous(),
         *(stride for tensor in (*inputs, dq_BHMD) for stride in tensor.stride()[:3]),
         heads, heads // groups, rows, columns, *scales,
-        ROWS=tile.rows, COLUMNS=tile.columns, SHIFT=shift, **options(tile, inputs),
     )  # fmt: skip
+    launch(_kernel, triton.cdiv(rows, tile.rows) * batch * heads, arguments, constants(tile, inputs) | {"SHIFT": shift}, tile)
     return dq_BHMD

@@ -16,14 +16,15 @@ import triton.language as tl
 from torch import Tensor
 
 from restore.kernels.documents import Spans
+from restore.kernels.triton_launch import launch
 from restore.kernels.triton_tiles import (
     LOG2_E,
     Tile,
+    constants,
     difference,
     head_start,
     load_tile,
     normalise,
-    options,
     pick,
     step,
     unit_stride,
@@ -142,10 +143,17 @@ def self_backward(
     x_s_BHTD, x_t_BHTD = unit_stride(x_s_BHTD, x_t_BHTD)
     grad_BHT, peak, shift = normalise(grad_BHT, x_s_BHTD)
     dx_BHTD = torch.empty_like(x_s_BHTD)
-    tile = pick("backward", x_s_BHTD, tile)
-    _kernel[(triton.cdiv(tokens, tile.rows) * batch * heads,)](
+    tile = pick("self_backward", x_s_BHTD, tile)
+    arguments = (
         x_s_BHTD, x_t_BHTD, grad_BHT, lse_s_BHT, lse_t_BHT, dx_BHTD, peak, *((None, None) if spans is None else spans),
         *(stride for tensor in (x_s_BHTD, x_t_BHTD, dx_BHTD) for stride in tensor.stride()[:3]),
-        heads, tokens, *scales, ROWS=tile.rows, COLUMNS=tile.columns, SHIFT=shift, **options(tile, (x_s_BHTD, x_t_BHTD)),
+        heads, tokens, *scales,
     )  # fmt: skip
+    launch(
+        _kernel,
+        triton.cdiv(tokens, tile.rows) * batch * heads,
+        arguments,
+        constants(tile, (x_s_BHTD, x_t_BHTD)) | {"SHIFT": shift},
+        tile,
+    )
     return dx_BHTD

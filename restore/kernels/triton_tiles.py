@@ -30,6 +30,8 @@ class Tile(NamedTuple):
     stages: int
     bulk: bool = True
     """Read by the bulk copy engine (TMA), where device and strides allow it."""
+    registers: int | None = None
+    """Most registers of a thread; None leaves it to the compiler."""
 
 
 # Fastest on an H200 (docs/results/kernel-h200.json) for bf16, by kernel and channels filled up to a power of two.
@@ -37,9 +39,15 @@ TILES = {
     ("forward", 64): Tile(64, 64, 4, 2),
     ("forward", 128): Tile(128, 128, 8, 2),
     ("forward", 256): Tile(128, 64, 8, 1),
-    ("backward", 64): Tile(64, 64, 4, 3),
-    ("backward", 128): Tile(64, 64, 4, 2),
-    ("backward", 256): Tile(64, 32, 4, 2),
+    ("self_backward", 64): Tile(64, 64, 4, 3),
+    ("self_backward", 128): Tile(64, 64, 4, 2),
+    ("self_backward", 256): Tile(64, 32, 4, 2),
+    ("query_backward", 64): Tile(64, 64, 4, 3),
+    ("query_backward", 128): Tile(64, 64, 4, 2),
+    ("query_backward", 256): Tile(64, 32, 4, 2),
+    ("key_backward", 64): Tile(64, 64, 4, 3),
+    ("key_backward", 128): Tile(64, 64, 4, 2),
+    ("key_backward", 256): Tile(64, 32, 4, 2),
 }
 
 
@@ -75,17 +83,17 @@ def fill(channels: int) -> int:
     return max(16, 1 << (channels - 1).bit_length())
 
 
-def options(tile: Tile, inputs: tuple[Tensor, ...]) -> dict[str, Any]:
-    """Launch arguments that every kernel takes."""
+def constants(tile: Tile, inputs: tuple[Tensor, ...]) -> dict[str, Any]:
+    """The constexpr parameters that every kernel ends with, in their order."""
     x_BHTD = inputs[0]
     return {
         "channels": x_BHTD.shape[3],
+        "ROWS": tile.rows,
+        "COLUMNS": tile.columns,
         "BLOCK_D": fill(x_BHTD.shape[3]),
         # tf32 alone would lose what fp32 inputs ask for; three of them keep it and still use the matrix units.
         "PRECISION": "tf32x3" if x_BHTD.dtype == torch.float32 else "ieee",
         "TMA": _bulk_copies(tile, inputs),
-        "num_warps": tile.warps,
-        "num_stages": tile.stages,
     }
 
 
@@ -96,6 +104,7 @@ def _bulk_copies(tile: Tile, inputs: tuple[Tensor, ...]) -> bool:
     places = [n * x.element_size() for x in inputs for n in x.stride()[:3]] + [x.data_ptr() for x in inputs]
     if any(place % 16 for place in places):
         return False
+    # At every launch: Triton keeps it by thread, and autograd's threads are others.
     triton.set_allocator(lambda size, _alignment, _stream: torch.empty(size, device="cuda", dtype=torch.int8))
     return True
 

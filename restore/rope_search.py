@@ -28,8 +28,8 @@ from ard_serve.settings import Settings, add_flags
 from restore.data import evenly_spaced, read_documents, tokenize
 from restore.inspection import transformers_config
 from restore.loading import inspect, load, load_tokenizer, resolve
-from restore.objectives import lm_loss, logits_kl
 from restore.rope import RopePlan, head_dim, plan_rope
+from restore.vocabulary import lm_loss, logits_kl
 
 # Step of the search at its start and at its end, in units of each number's natural size.
 _FIRST_STEP, _LAST_STEP = 0.5, 0.05

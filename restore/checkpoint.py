@@ -8,7 +8,7 @@ import json
 import logging
 import os
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,10 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class RunState:
-    """Where a run stands: `step` optimizer steps are done; the validation loss before the first and of the best weights."""
+    """Where a run stands: `step` optimizer steps are done; the validation loss before the first and of the best weights.
+
+    `layer_weights`: of each layer in the relation objectives, where they are not all alike.
+    """
 
     step: int
     tokens: int
@@ -36,6 +39,7 @@ class RunState:
     best_step: int
     best_loss: float
     fingerprint: dict[str, Any]
+    layer_weights: list[float] = field(default_factory=list)
 
 
 def save(

@@ -10,7 +10,9 @@ from ard_serve.settings import Settings
 from restore.evaluation.config import EvalConfig, GateConfig
 from restore.rope import RopePlan, RopeType, plan_rope
 
-Objective = Literal["self_relation", "attention", "logits", "lm"]
+Objective = Literal["self_relation", "attention", "logits", "hidden", "lm", "retrieval"]
+# What the student learns alone, from long windows; all others compare it with its native self.
+LONG: frozenset[Objective] = frozenset({"lm", "retrieval"})
 
 # A recipe is a weight for each objective; docs/decisions/0001-default-recipe.md says why `default` is what it is.
 RECIPES: dict[str, dict[Objective, float]] = {
@@ -18,6 +20,8 @@ RECIPES: dict[str, dict[Objective, float]] = {
     "distill": {"attention": 1.0, "logits": 1.0},
     "linearard": {"self_relation": 1.0},
     "cpt": {"lm": 1.0},
+    # After LongReD (arXiv 2502.07365): six layers' hidden states at a weight of 5 each, as in its code.
+    "longred": {"hidden": 5.0, "lm": 1.0},
 }
 
 
@@ -42,8 +46,8 @@ class RestoreConfig(Settings):
         None, description="factor on queries and keys, for rope_type longrope; 0.1 ln(factor) + 1 when not given"
     )
 
-    recipe: Literal["default", "distill", "linearard", "cpt"] = Field(
-        "default", description="named set of objective weights: default, distill, linearard (the paper's) or cpt"
+    recipe: Literal["default", "distill", "linearard", "cpt", "longred"] = Field(
+        "default", description="named set of objective weights: default, distill, linearard (the paper's), cpt or longred"
     )
     objectives: dict[Objective, float] | None = Field(None, description="objective weights that replace the recipe's")
     trainable: Literal["lora", "full"] = Field("lora", description="train low-rank adapters (lora) or full-rank deltas (full)")
@@ -61,6 +65,15 @@ class RestoreConfig(Settings):
         None, description="tokens of a language-model window; four native windows when not given"
     )
     long_share: float = Field(0.5, ge=0, le=1, description="share of a step's tokens in language-model windows")
+    jump_share: float = Field(
+        0.0, ge=0, le=1, description="share of the distillation windows that the student reads at far, jumping positions"
+    )
+    retrieval_spacing: PositiveInt = Field(
+        1024, description="tokens of a long window for each fact woven into it, where the objective retrieval is used"
+    )
+    layer_weighting: Literal["uniform", "equal_loss"] = Field(
+        "uniform", description="weights of the layers in relation objectives: uniform, or equal_loss at the start of the run"
+    )
     learning_rate: PositiveFloat = Field(5e-4, description="peak learning rate of AdamW")
     min_learning_rate_ratio: float = Field(0.1, ge=0, le=1, description="the cosine ends at this share of the peak rate")
     warmup_steps: int = Field(4, ge=0, description="steps of linear warm-up; the first counted step already has a rate above 0")
@@ -113,4 +126,9 @@ class RestoreConfig(Settings):
     @property
     def distils(self) -> bool:
         """Whether any objective compares the student with the teacher."""
-        return any(name != "lm" for name in self.weights)
+        return not self.weights.keys() <= LONG
+
+    @property
+    def reads_long(self) -> bool:
+        """Whether any objective needs long windows."""
+        return not self.weights.keys().isdisjoint(LONG)

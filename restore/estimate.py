@@ -8,7 +8,7 @@ from restore.config import RestoreConfig
 from restore.forecast import BYTES_PER_TRAINED, forecast
 from restore.inspection import read_config, transformers_config
 from restore.loading import resolve
-from restore.trainer import plan_steps
+from restore.plan import plan_steps
 
 # A checkpoint holds adapters, the best adapters and two moments of each, in fp32; two of them are kept, and a third while
 # it is written.

@@ -23,8 +23,8 @@ from restore.config import RestoreConfig
 from restore.inspection import transformers_config
 from restore.model import TwoFaced
 from restore.objectives import Losses
+from restore.plan import plan_steps
 from restore.rope import RopePlan
-from restore.trainer import plan_steps
 
 _FEW, _MORE = 2, 3
 # Longer windows are extrapolated from this many tokens and half of them; by then a layer's work outweighs a chunk of logits.
@@ -87,6 +87,9 @@ def _measure(base: Mapping[str, Any], rope: RopePlan, config: RestoreConfig, lay
         weights = sum(weight.untyped_storage().nbytes() for weight in model.parameters() if not weight.requires_grad)
         losses = Losses(faces, config.weights)
 
+        def read(ids_BT: Tensor) -> Any:
+            return losses.language_model(ids_BT, torch.ones(1, dtype=torch.long))
+
         def peak_bytes(loss: Callable[[Tensor], Any], length: int, rows: int = 1) -> int:
             if length > _LONGEST_MEASURED:
                 half, whole = peak_bytes(loss, _LONGEST_MEASURED // 2, rows), peak_bytes(loss, _LONGEST_MEASURED, rows)
@@ -96,7 +99,7 @@ def _measure(base: Mapping[str, Any], rope: RopePlan, config: RestoreConfig, lay
             return int(peak.bytes)
 
         distilling = peak_bytes(losses.distil, plan.window, plan.windows_at_once) if plan.short_windows else 0
-        reading = peak_bytes(losses.language_model, plan.long_window) if plan.long_windows else 0
+        reading = peak_bytes(read, plan.long_window) if plan.long_windows else 0
     return weights, BYTES_PER_TRAINED * trained, distilling, reading
 
 

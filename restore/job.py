@@ -24,9 +24,11 @@ from restore.inspection import read_config
 from restore.loading import Checkpoint, inspect, load, load_tokenizer, resolve
 from restore.model import TwoFaced
 from restore.parallel import World, joined
-from restore.rope import RopePlan, plan_rope
+from restore.plan import plan_steps
+from restore.retrieval import Weaver
+from restore.rope import RopePlan
 from restore.runfolder import CHECKPOINTS, CONFIG, DATA, HELD_OUT, MODEL, StopSignal, locked
-from restore.trainer import Trainer, plan_steps
+from restore.trainer import Trainer
 
 _REFERENCE_TOKENS = 256
 _NAMED_FAILURES = 3
@@ -99,7 +101,7 @@ def export_run(folder: Path, out: Path | None, evaluation: Path | None, force: b
 def _prepare(config: RestoreConfig, world: World) -> tuple[Loaded, Trainer]:
     """Every check from the cheapest on, then the data, then the weights."""
     folder = resolve(config.model)
-    rope = plan_rope(read_config(folder), config.target_length, config.rope_type, config.native_window, config.rope_theta)
+    rope = config.plan_rope(read_config(folder))
     plan = plan_steps(config, rope)
     _log.info("%s: %d tokens to %d, %s", folder, rope.native_window, rope.target_length, rope.rope_type)
     shape = (plan.steps, plan.step_tokens, plan.short_windows, plan.window, plan.long_windows, plan.long_window)
@@ -110,7 +112,8 @@ def _prepare(config: RestoreConfig, world: World) -> tuple[Loaded, Trainer]:
     check_room(loaded.base, config.out / MODEL)
     tokenizer, vocab_size = load_tokenizer(folder), int(loaded.base.config["vocab_size"])
     train, held = (tokenize(documents, tokenizer, vocab_size) for documents in (train_documents, held_documents))
-    trainer = Trainer(loaded.faces, config, rope, train, held, config.out, world)
+    weaver = Weaver(tokenizer, config.retrieval_spacing) if "retrieval" in config.weights else None
+    trainer = Trainer(loaded.faces, config, rope, train, held, config.out, world, weaver)
     if world.leads:
         config.save(config.out / CONFIG)
         write_documents(held_documents, config.out / HELD_OUT)
@@ -122,7 +125,7 @@ def _prepare(config: RestoreConfig, world: World) -> tuple[Loaded, Trainer]:
 
 def _load(config: RestoreConfig) -> Loaded:
     base = inspect(resolve(config.model))
-    rope = plan_rope(base.config, config.target_length, config.rope_type, config.native_window, config.rope_theta)
+    rope = config.plan_rope(base.config)
     model = load(base.folder, _dtype(config), _device(config), rope.native_config(base.config))
     return Loaded(config, base, rope, TwoFaced(model, rope, config))
 
@@ -245,7 +248,7 @@ def _memory_errors(config: RestoreConfig) -> Iterator[None]:
         if isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError) and _HOST_FULL not in reason:
             raise
         base = read_config(resolve(config.model))
-        plan = plan_steps(config, plan_rope(base, config.target_length, config.rope_type, config.native_window))
+        plan = plan_steps(config, config.plan_rope(base))
         halves = f"--window {plan.window // 2} --long-window {plan.long_window // 2}"
         raise ResourceError(
             f"out of memory ({reason}) with windows of {plan.window} and {plan.long_window} tokens and rank {config.rank}; "

@@ -7,104 +7,129 @@ from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy, kl_div, linear
+from torch.nn.functional import cosine_similarity, cross_entropy, linear
 from torch.utils.checkpoint import checkpoint
 
+from restore.batches import Batch
 from restore.kernels import cross_relation_kl, self_relation_kl
 from restore.model import TwoFaced
+from restore.positions import Jumps
 from restore.relations import Relations
+from restore.vocabulary import lm_loss, logits_kl
 
-# Rows of logits that exist at once: 1024 rows of a 128K vocabulary in fp32 are 0.5 GiB.
-LOGIT_ROWS = 1024
+# As many layers' hidden states as LongReD compares.
+_HIDDEN_LAYERS = 6
 
 
-def self_relation(student: Relations, teacher: Relations, scale: float | None = None) -> Tensor:
+def self_relation(
+    student: Relations, teacher: Relations, scale: float | None = None, cu_seqlens: Tensor | None = None
+) -> Tensor:
     """LinearARD's loss (arXiv 2604.00004): KL of the Q/Q, K/K and V/V relation rows, summed.
 
     Each is a mean over the heads that exist, so that K and V count in full under grouped-query attention.
+    `cu_seqlens`: compare within these chunks of the window only, as `restore.kernels` takes them.
     """
     return (
-        self_relation_kl(student.query_BHTD, teacher.query_BHTD, scale=scale)
-        + self_relation_kl(student.key_BGTD, teacher.key_BGTD, scale=scale)
-        + self_relation_kl(student.value_BGTD, teacher.value_BGTD, scale=scale)
+        self_relation_kl(student.query_BHTD, teacher.query_BHTD, scale=scale, cu_seqlens=cu_seqlens)
+        + self_relation_kl(student.key_BGTD, teacher.key_BGTD, scale=scale, cu_seqlens=cu_seqlens)
+        + self_relation_kl(student.value_BGTD, teacher.value_BGTD, scale=scale, cu_seqlens=cu_seqlens)
     )
 
 
-def attention(student: Relations, teacher: Relations) -> Tensor:
+def attention(student: Relations, teacher: Relations, cu_seqlens: Tensor | None = None) -> Tensor:
     """KL of the attention rows themselves: softmax of Q K^T, which self-relations do not identify."""
-    return cross_relation_kl(student.query_BHTD, student.key_BGTD, teacher.query_BHTD, teacher.key_BGTD)
+    return cross_relation_kl(student.query_BHTD, student.key_BGTD, teacher.query_BHTD, teacher.key_BGTD, cu_seqlens=cu_seqlens)
 
 
-_RELATION_OBJECTIVES: dict[str, Callable[[Relations, Relations], Tensor]] = {
-    "self_relation": self_relation,
-    "attention": attention,
-}
+_RELATION_OBJECTIVES: dict[str, Callable[..., Tensor]] = {"self_relation": self_relation, "attention": attention}
 
 
-def logits_kl(student_BTC: Tensor, teacher_BTC: Tensor, head_VC: Tensor) -> Tensor:
-    """Mean over tokens of KL(teacher || student) of the next-token distributions, a chunk of rows at a time: scalar fp32."""
-
-    def chunk(student_NC: Tensor, teacher_NC: Tensor) -> Tensor:
-        teacher_NV = linear(teacher_NC, head_VC).float().log_softmax(-1)
-        student_NV = linear(student_NC, head_VC).float().log_softmax(-1)
-        return kl_div(student_NV, teacher_NV, log_target=True, reduction="sum")
-
-    return _mean_over_rows(chunk, student_BTC.flatten(0, 1), teacher_BTC.flatten(0, 1))
+def hidden_distance(student_BTC: Tensor, teacher_BTC: Tensor) -> Tensor:
+    """1 - cosine similarity of hidden states, mean over tokens: LongReD's measure (arXiv 2502.07365). Scalar fp32."""
+    return 1 - cosine_similarity(student_BTC.float(), teacher_BTC.float(), dim=-1).mean()
 
 
-def lm_loss(hidden_BTC: Tensor, ids_BT: Tensor, head_VC: Tensor) -> Tensor:
-    """Mean next-token cross-entropy in nats, a chunk of rows at a time: scalar fp32."""
+def hidden_layers(layers: int) -> set[int]:
+    """The layers whose hidden states are compared: six, evenly spaced, the last among them.
 
-    def chunk(hidden_NC: Tensor, next_N: Tensor) -> Tensor:
-        return cross_entropy(linear(hidden_NC, head_VC).float(), next_N, reduction="sum")
-
-    return _mean_over_rows(chunk, hidden_BTC[:, :-1].flatten(0, 1), ids_BT[:, 1:].flatten())
-
-
-def _mean_over_rows(chunk: Callable[[Tensor, Tensor], Tensor], first: Tensor, second: Tensor) -> Tensor:
-    # Each chunk is checkpointed: its logits live only while it is computed, forward and again in backward.
-    total = first.new_zeros((), dtype=torch.float32)
-    for at in range(0, len(first), LOGIT_ROWS):
-        rows = slice(at, at + LOGIT_ROWS)
-        total = total + checkpoint(chunk, first[rows], second[rows], use_reentrant=False)
-    return total / len(first)
+    LongReD picks its six by how far attention has moved; evenly spaced ones need no look at the model first.
+    """
+    count = min(_HIDDEN_LAYERS, layers)
+    return {round((number + 1) * layers / count) - 1 for number in range(count)}
 
 
 class Losses:
-    """The objectives of a run with their weights, computed on one window."""
+    """The objectives of a run with their weights, computed on one batch.
+
+    `layer_weights` ([layers], mean of about 1) weigh the layers in the relation objectives; None weighs all alike.
+    """
+
+    layer_weights: Tensor | None = None
 
     def __init__(self, faces: TwoFaced, weights: Mapping[str, float]) -> None:
         self._faces, self._weights = faces, weights
         self._relations = {name: loss for name, loss in _RELATION_OBJECTIVES.items() if name in weights}
+        self._hidden_layers = hidden_layers(len(faces.layers)) if "hidden" in weights else set()
 
     @property
     def compares_relations(self) -> bool:
         return bool(self._relations)
 
-    def distil(
-        self, ids_BT: Tensor, student_positions_BT: Tensor | None = None
-    ) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
-        """Every teacher-student objective on one window.
+    def of(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
+        """Every objective of one batch; returns what `distil` does."""
+        if not batch.is_long:
+            return self.distil(batch.ids_BT, batch.jumps)
+        return (*self.language_model(batch.ids_BT, batch.answers_N), None)
+
+    def distil(self, ids_BT: Tensor, jumps: Jumps | None = None) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
+        """Every teacher-student objective on windows of the native length.
+
+        Where the student reads with jumps, only what they leave alone is compared: relations within a chunk, and of the
+        hidden states the last, from which the next token is predicted.
 
         Returns:
             The weighted sum (scalar), each objective's own value, and the relation KL of each layer ([layers], weighted
             sum of the relation objectives) or None when no relation is compared.
         """
-        relation_loss = self._compare if self._relations else None
-        student, teacher, layers = self._faces.pair(ids_BT, relation_loss, student_positions_BT)
-        parts = {name: torch.stack([layer[name] for layer in layers]).mean() for name in self._relations}
+        moved: list[Tensor] = []
+
+        def compare(student: Relations, teacher: Relations) -> dict[str, Tensor]:
+            chunks = None if jumps is None else jumps.cu_seqlens
+            return {name: loss(student, teacher, cu_seqlens=chunks) for name, loss in self._relations.items()}
+
+        def see(number: int, student_BTC: Tensor, teacher_BTC: Tensor) -> None:
+            if jumps is None and number in self._hidden_layers and number < len(self._faces.layers) - 1:
+                moved.append(checkpoint(hidden_distance, student_BTC, teacher_BTC, use_reentrant=False))
+
+        positions_BT = None if jumps is None else jumps.positions_BT
+        student, teacher, layers = self._faces.pair(ids_BT, compare if self._relations else None, positions_BT, see)
+        parts = {name: self._over_layers(torch.stack([layer[name] for layer in layers])) for name in self._relations}
         if "logits" in self._weights:
             parts["logits"] = logits_kl(student, teacher, self._faces.head_weight_VC)
+        if "hidden" in self._weights:
+            last = checkpoint(hidden_distance, student, teacher, use_reentrant=False)
+            parts["hidden"] = torch.stack([*moved, last]).sum()
         layer_kl = torch.stack([self._weigh(layer).detach() for layer in layers]) if self._relations else None
         return self._weigh(parts), parts, layer_kl
 
-    def language_model(self, ids_BT: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """The lm objective on one long window, student only: weighted loss and its own value."""
-        parts: dict[str, Tensor] = {"lm": lm_loss(self._faces.student(ids_BT), ids_BT, self._faces.head_weight_VC)}
+    def language_model(self, ids_BT: Tensor, answers_N: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+        """What the student learns alone on one long window: weighted loss and each objective's own value.
+
+        Args:
+            ids_BT: token ids, one window.
+            answers_N: places of answers in it, for the objective `retrieval`: the lm loss on them alone.
+        """
+        hidden_BTC, head_VC = self._faces.student(ids_BT), self._faces.head_weight_VC
+        parts: dict[str, Tensor] = {}
+        if "lm" in self._weights:
+            parts["lm"] = lm_loss(hidden_BTC, ids_BT, head_VC)
+        if "retrieval" in self._weights and answers_N is not None:
+            logits_NV = linear(hidden_BTC[0, answers_N - 1], head_VC).float()
+            parts["retrieval"] = cross_entropy(logits_NV, ids_BT[0, answers_N])
         return self._weigh(parts), parts
 
-    def _compare(self, student: Relations, teacher: Relations) -> dict[str, Tensor]:
-        return {name: loss(student, teacher) for name, loss in self._relations.items()}
+    def _over_layers(self, values_L: Tensor) -> Tensor:
+        return values_L.mean() if self.layer_weights is None else (values_L * self.layer_weights).mean()
 
     def _weigh(self, parts: Mapping[str, Tensor]) -> Tensor:
         return torch.stack([self._weights[name] * value for name, value in parts.items()]).sum()

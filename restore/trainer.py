@@ -7,7 +7,7 @@ import resource
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,83 +15,24 @@ import torch
 from torch import Tensor
 
 from ard_serve.console import Bar, progress
-from ard_serve.errors import DataError, NumericsError, UsageError
+from ard_serve.errors import NumericsError, UsageError
 from restore import checkpoint
+from restore.batches import Batches, validation_batches
 from restore.checkpoint import RunState
-from restore.config import RestoreConfig
-from restore.data import TokenStream, Windows, evenly_spaced
+from restore.config import LONG, RestoreConfig
+from restore.data import TokenStream
 from restore.metrics import MetricsLog
 from restore.model import TwoFaced
 from restore.objectives import Losses
 from restore.parallel import ALONE, World
+from restore.plan import learning_rate, plan_steps
+from restore.retrieval import Weaver
 from restore.rope import RopePlan
 from restore.runfolder import CHECKPOINTS
 
-# A default long window of four native ones: the cost of its attention still compares with the distillation's.
-_LONG_WINDOW_FACTOR = 4
 # A validation loss this many times that of the untrained student is no fluctuation.
 _DIVERGED = 2.0
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """The shape of a run: windows of each kind in one optimizer step, and how many steps."""
-
-    window: int
-    short_windows: int
-    long_window: int
-    long_windows: int
-    steps: int
-
-    @property
-    def step_tokens(self) -> int:
-        return self.window * self.short_windows + self.long_window * self.long_windows
-
-    @property
-    def windows_at_once(self) -> int:
-        """Distillation windows of one pass: as many as take the memory that a long window takes anyway.
-
-        A distillation keeps two hidden states a layer, of teacher and student. A small model in short windows spends most of
-        its time between kernels; fewer, larger passes spare that.
-        """
-        fit = self.long_window // (2 * self.window) if self.long_windows else 1
-        return max(1, min(fit, self.short_windows))
-
-
-def plan_steps(config: RestoreConfig, rope: RopePlan) -> Plan:
-    """Fill an optimizer step with distillation and language-model windows.
-
-    Raises:
-        UsageError: a window longer than the teacher or the target reads.
-    """
-    window = config.window or rope.native_window
-    long_window = config.long_window or min(rope.target_length, _LONG_WINDOW_FACTOR * rope.native_window)
-    if window > rope.native_window:
-        raise UsageError(f"window = {window}: the teacher reads at most its native window of {rope.native_window} tokens")
-    if long_window > rope.target_length:
-        raise UsageError(f"long_window = {long_window}: at most the target length of {rope.target_length} tokens")
-    trains_lm = "lm" in config.weights and config.long_share > 0
-    if not config.distils and not trains_lm:
-        raise UsageError("long_share = 0 leaves nothing to train: the only objective is lm")
-    if not config.distils:
-        short_windows, long_windows = 0, max(1, round(config.batch_tokens / long_window))
-    else:
-        long_windows = max(1, round(config.batch_tokens * config.long_share / long_window)) if trains_lm else 0
-        # One long window can be more than its share of a step: the distillation windows keep the proportion.
-        distilled = long_windows * long_window * (1 / config.long_share - 1) if long_windows else config.batch_tokens
-        short_windows = max(1, round(distilled / window))
-    plan = Plan(window, short_windows, long_window, long_windows, steps=1)
-    return replace(plan, steps=config.steps or math.ceil(config.tokens / plan.step_tokens))
-
-
-def learning_rate(config: RestoreConfig, step: int, steps: int) -> float:
-    """Linear warm-up that starts above 0, then a cosine to `min_learning_rate_ratio` of the peak at the last step."""
-    if step < config.warmup_steps:
-        return config.learning_rate * (step + 1) / (config.warmup_steps + 1)
-    done = (step - config.warmup_steps) / max(1, steps - 1 - config.warmup_steps)
-    floor = config.min_learning_rate_ratio
-    return config.learning_rate * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, done))))
 
 
 class Trainer:
@@ -106,14 +47,17 @@ class Trainer:
         validation: TokenStream,
         folder: Path,
         world: World = ALONE,
+        weaver: Weaver | None = None,
     ) -> None:
-        """`folder` receives metrics.jsonl, tensorboard/ and checkpoints/, from the process that leads `world`."""
+        """`folder` receives metrics.jsonl, tensorboard/ and checkpoints/, from the process that leads `world`.
+
+        `weaver` puts the facts into long windows that the objective `retrieval` asks for.
+        """
         self.plan = plan_steps(config, rope)
         self._faces, self._config, self._folder, self._world = faces, config, folder, world
         self._losses = Losses(faces, config.weights)
-        self._short = Windows(train, self.plan.window, config.seed) if self.plan.short_windows else None
-        self._long = Windows(train, self.plan.long_window, config.seed) if self.plan.long_windows else None
-        self._validation = self._validation_windows(validation)
+        self._batches = Batches(self.plan, config, train, rope.target_length, weaver)
+        self._validation = validation_batches(self.plan, config, validation, weaver)
         self._parameters = faces.adapters.state()
         self._optimizer = torch.optim.AdamW(
             self._parameters.values(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
@@ -211,68 +155,33 @@ class Trainer:
 
     def _accumulate(self, number: int) -> tuple[dict[str, float], list[float]]:
         """Backward through every window of step `number`; mean of each objective and of each layer's relation KL."""
-        plan, world = self.plan, self._world
         sums, layer_kl = self._zeros()
-        mine = world.share([plan.long_window] * plan.long_windows + [plan.window] * plan.short_windows)
-        short = [window for window in mine if window >= plan.long_windows]
-        for at in range(0, len(short), plan.windows_at_once):
-            chosen = [window - plan.long_windows for window in short[at : at + plan.windows_at_once]]
-            ids_BT = torch.cat([self._window(self._short, number * plan.short_windows + window) for window in chosen])
-            share = len(chosen) / plan.short_windows
-            with self._autocast():
-                loss, parts, layers = self._losses.distil(ids_BT)
-            torch.autograd.backward(loss * share)
-            _add(sums, parts, share)
+        for batch in self._batches.of_step(number, self._world.share(self._batches.lengths())):
+            loss, parts, layers = self._losses.of(batch.to(self._device))
+            torch.autograd.backward(loss * batch.share)
+            _add(sums, parts, batch.share)
             if layers is not None:
-                layer_kl += layers * share
-        for window in mine[: len(mine) - len(short)]:
-            with self._autocast():
-                loss, parts = self._losses.language_model(self._window(self._long, number * plan.long_windows + window))
-            torch.autograd.backward(loss / plan.long_windows)
-            _add(sums, parts, 1 / plan.long_windows)
-        world.add_up_gradients(self._parameters.values())
-        world.add_up([*sums.values(), layer_kl])
+                layer_kl += layers * batch.share
+        self._world.add_up_gradients(self._parameters.values())
+        self._world.add_up([*sums.values(), layer_kl])
         return {name: float(value) for name, value in sums.items()}, layer_kl.tolist()
 
     def _zeros(self) -> tuple[dict[str, Tensor], Tensor]:
         """A sum for every objective in use, and one for every layer where relations are compared."""
-        used = [name for name in self._config.weights if (self._long if name == "lm" else self._short)]
-        layers = len(self._faces.layers) if self._short and self._losses.compares_relations else 0
+        used = [name for name in self._config.weights if (self.plan.long_windows if name in LONG else self.plan.short_windows)]
+        layers = len(self._faces.layers) if self.plan.short_windows and self._losses.compares_relations else 0
         return {name: torch.zeros((), device=self._device) for name in used}, torch.zeros(layers, device=self._device)
-
-    def _window(self, windows: Windows | None, number: int) -> Tensor:
-        assert windows is not None, "a plan with windows of a kind has a stream of them"
-        return windows[number].to(self._device)
-
-    def _autocast(self) -> torch.autocast:
-        return torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=self._config.dtype == "bf16")
-
-    def _validation_windows(self, stream: TokenStream) -> tuple[list[Tensor], list[Tensor]]:
-        short = evenly_spaced(stream, self.plan.window, self._config.validation_windows) if self._short else []
-        # A long window costs as many tokens as many short ones: one of them is enough to choose by.
-        try:
-            long = evenly_spaced(stream, self.plan.long_window, 1) if self._long else []
-        except DataError as error:
-            raise DataError(
-                f"{error}: hold more out (--validation-share) or train on shorter long windows (--long-window)"
-            ) from None
-        return short, long
 
     @torch.no_grad()
     def _validate(self) -> dict[str, Any]:
         """Objectives on the held-out windows; keeps the weights when they are the best so far."""
         sums, layer_kl = self._zeros()
-        short, long = self._validation
-        mine = self._world.share([len(window[0]) for window in (*short, *long)])
-        with self._autocast():
-            for at in mine:
-                if at < len(short):
-                    _, parts, layers = self._losses.distil(short[at].to(self._device))
-                    if layers is not None:
-                        layer_kl += layers / len(short)
-                else:
-                    parts = self._losses.language_model(long[at - len(short)].to(self._device))[1]
-                _add(sums, parts, 1 / len(short if at < len(short) else long))
+        for at in self._world.share([batch.ids_BT.shape[1] for batch in self._validation]):
+            batch = self._validation[at]
+            _, parts, layers = self._losses.of(batch.to(self._device))
+            _add(sums, parts, batch.share)
+            if layers is not None:
+                layer_kl += layers * batch.share
         self._world.add_up([*sums.values(), layer_kl])
         values = {name: float(value) for name, value in sums.items()}
         loss = sum(self._config.weights[name] * value for name, value in values.items())
@@ -281,10 +190,18 @@ class Trainer:
             raise NumericsError(f"{where}: loss {loss}; try --dtype fp32 or a lower --learning-rate")
         if self._state.best_step < 0:
             self._state = replace(self._state, first_loss=loss)
+            self._weigh_layers(layer_kl)
         if loss < self._state.best_loss:
             self._best = {name: parameter.detach().clone() for name, parameter in self._parameters.items()}
             self._state = replace(self._state, best_step=self._state.step, best_loss=loss)
         return {"loss": loss, **values, "layer_kl": layer_kl.tolist()}
+
+    def _weigh_layers(self, layer_kl: Tensor) -> None:
+        """From here on every layer counts alike, if that is asked for: by what is wrong with it now."""
+        if self._config.layer_weighting == "equal_loss" and len(layer_kl):
+            weights = layer_kl.mean() / layer_kl.clamp(min=torch.finfo(layer_kl.dtype).tiny)
+            self._state = replace(self._state, layer_weights=weights.tolist())
+            self._losses.layer_weights = weights
 
     def _save(self) -> None:
         if self._world.leads:
@@ -306,15 +223,15 @@ class Trainer:
         self._best = {name: value.to(self._device) for name, value in checkpoint.group(tensors, "best").items()}
         checkpoint.restore_optimizer(tensors, self._parameters, self._optimizer)
         self._state = state
+        if state.layer_weights:
+            self._losses.layer_weights = torch.tensor(state.layer_weights, device=self._device)
         _log.info("resumed at step %d of %d", state.step, self.plan.steps)
 
     def _save_bad_batch(self, number: int, loss: float, norm: float) -> str:
         """Keep the windows that broke the step, and say so in one line."""
         path = self._folder / f"bad-batch-step-{number + 1}.json"
-        plan = self.plan
-        windows = [self._window(self._short, number * plan.short_windows + i) for i in range(plan.short_windows)]
-        windows += [self._window(self._long, number * plan.long_windows + i) for i in range(plan.long_windows)]
-        path.write_text(json.dumps([window[0].tolist() for window in windows]), encoding="utf-8")
+        batches = self._batches.of_step(number, range(len(self._batches.lengths())))
+        path.write_text(json.dumps([window for batch in batches for window in batch.ids_BT.tolist()]), encoding="utf-8")
         return (
             f"step {number + 1}: loss {loss}, gradient norm {norm}; the weights were not changed. "
             f"The batch is in {path}; try a lower --learning-rate than {self._config.learning_rate} or --dtype fp32"

@@ -18,8 +18,8 @@ from restore.kernels import chunked
 from restore.loading import load
 from restore.model import TwoFaced
 from restore.objectives import Losses
+from restore.plan import plan_steps
 from restore.rope import RopePlan, plan_rope
-from restore.trainer import plan_steps
 
 MakeCheckpoint = Callable[..., Path]
 SHAPE = {"hidden_size": 128, "intermediate_size": 384, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 3000}

@@ -14,10 +14,12 @@ from ard_serve.errors import DataError, NumericsError, ResourceError, UsageError
 from restore import checkpoint, metrics
 from restore.config import RestoreConfig
 from restore.data import TokenStream
-from restore.loading import load
+from restore.loading import load, load_tokenizer
 from restore.model import TwoFaced
+from restore.plan import learning_rate, plan_steps
+from restore.retrieval import Weaver
 from restore.rope import plan_rope
-from restore.trainer import Trainer, learning_rate, plan_steps
+from restore.trainer import Trainer
 
 CONFIG = {"vocab_size": 259, "model_type": "llama", "max_position_embeddings": 128, "hidden_size": 64, "num_attention_heads": 4}
 
@@ -32,14 +34,14 @@ def settings(**values: Any) -> RestoreConfig:
 def make_trainer(make_checkpoint: Callable[..., Path], tmp_path: Path) -> Callable[..., Trainer]:
     """A trainer over a fresh copy of the same tiny model; the text is a repeated pattern, so that it can be learnt."""
 
-    def make(folder: str = "run", **values: Any) -> Trainer:
+    def make(folder: str = "run", weaver: Weaver | None = None, **values: Any) -> Trainer:
         base = make_checkpoint("llama3")
         config = settings(**values)
         rope = plan_rope(json.loads((base / "config.json").read_text()), config.target_length, config.rope_type)
         faces = TwoFaced(load(base, torch.float32), rope, config)
         pattern = np.tile(np.arange(17, dtype=np.int32) * 13 % 251, 200)
         train, held = TokenStream(pattern[:2400], 3), TokenStream(pattern[2400:], 1)
-        return Trainer(faces, config, rope, train, held, tmp_path / folder)
+        return Trainer(faces, config, rope, train, held, tmp_path / folder, weaver=weaver)
 
     return make
 
@@ -121,10 +123,9 @@ def test_accumulated_windows_give_the_mean_gradient(make_trainer: Callable[..., 
     trainer = make_trainer(batch_tokens=32 * (3 + 2 * at_once), window=32, long_window=64 * at_once, max_grad_norm=1e9,
                            long_share=2 * at_once / (3 + 2 * at_once))  # fmt: skip
     assert (trainer.plan.short_windows, trainer.plan.windows_at_once, trainer.plan.long_windows) == (3, at_once, 1)
-    assert trainer._short is not None
-    assert trainer._long is not None
-    apart = [gradient(trainer._losses.distil(trainer._short[index])[0], 1 / 3) for index in range(3)]
-    apart.append(gradient(trainer._losses.language_model(trainer._long[0])[0], 1))
+    windows = [row[None] for batch in trainer._batches.of_step(0, range(4)) for row in batch.ids_BT]
+    apart = [gradient(trainer._losses.distil(window)[0], 1 / 3) for window in windows[:3]]
+    apart.append(gradient(trainer._losses.language_model(windows[3])[0], 1))
     trainer._accumulate(0)
     for parameter, *parts in zip(trainer._parameters.values(), *apart, strict=True):
         assert parameter.grad is not None
@@ -148,6 +149,30 @@ def test_a_stopped_run_resumes_bit_equal(make_trainer: Callable[..., Trainer], t
         return [(row["step"], row["loss"]) for row in metrics.read(tmp_path / folder) if "loss" in row]
 
     assert losses("halves") == losses("whole")
+
+
+def test_every_objective_at_once_with_jumps_facts_and_weighted_layers_resumes_bit_equal(
+    make_trainer: Callable[..., Trainer], make_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    weaver = Weaver(load_tokenizer(make_checkpoint("llama3")), spacing=400)
+    objectives = dict.fromkeys(("self_relation", "attention", "logits", "hidden", "lm", "retrieval"), 1.0)
+    everything: dict[str, Any] = {
+        "weaver": weaver, "objectives": objectives, "long_window": 512, "batch_tokens": 1024, "steps": 4,
+        "jump_share": 0.5, "layer_weighting": "equal_loss",
+    }  # fmt: skip
+    whole = make_trainer("whole", **everything)
+    state = whole.train()
+    step = metrics.read(tmp_path / "whole")[1]
+    assert objectives.keys() <= step.keys()
+    first = metrics.read(tmp_path / "whole")[0]["validation"]
+    assert len(state.layer_weights) == 2
+    weighted = [weight * kl for weight, kl in zip(state.layer_weights, first["layer_kl"], strict=True)]
+    assert weighted == pytest.approx([sum(first["layer_kl"]) / 2] * 2)
+    halves = make_trainer("halves", **everything)
+    halves.train(should_stop=lambda: halves.state.step == 2)
+    resumed = make_trainer("halves", resume=True, **everything)
+    assert resumed.train() == state
+    assert equal(weights_of(resumed), weights_of(whole))
 
 
 @pytest.mark.fault("R15")

@@ -1,0 +1,66 @@
+"""What a step reads: each window once, jumps and facts where they were asked for, the same for every process and resume."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from restore.batches import Batch, Batches
+from restore.config import RestoreConfig
+from restore.data import TokenStream
+from restore.loading import load_tokenizer
+from restore.plan import plan_steps
+from restore.retrieval import Weaver
+from restore.rope import plan_rope
+
+BASE = {"vocab_size": 259, "model_type": "llama", "max_position_embeddings": 128, "hidden_size": 64, "num_attention_heads": 4}
+STREAM = TokenStream(np.arange(20_000, dtype=np.int32) % 251, 1)
+
+
+def batches(weaver: Weaver | None = None, **values: Any) -> Batches:
+    fields = {"model": "m", "target_length": 512, "data": ("x",), "out": "o", "window": 64, "batch_tokens": 1024, **values}
+    config = RestoreConfig.model_validate(fields)
+    rope = plan_rope(BASE, config.target_length)
+    return Batches(plan_steps(config, rope), config, STREAM, rope.target_length, weaver)
+
+
+def rows(found: list[Batch]) -> list[tuple[int, ...]]:
+    return sorted(tuple(row.tolist()) for batch in found for row in batch.ids_BT)
+
+
+def test_shares_of_each_kind_make_a_whole_and_processes_share_the_same_windows() -> None:
+    made = batches(jump_share=0.25, long_window=512)
+    count = len(made.lengths())
+    assert made.lengths() == [512] + [64] * 8
+    whole = list(made.of_step(3, range(count)))
+    for is_long in (False, True):
+        assert sum(batch.share for batch in whole if batch.is_long is is_long) == pytest.approx(1)
+    apart = [*made.of_step(3, range(0, count, 2)), *made.of_step(3, range(1, count, 2))]
+    assert rows(apart) == rows(whole)
+
+
+def test_the_share_that_jumps_does_and_alone() -> None:
+    made = batches(jump_share=0.25, long_window=512)
+    found = [batch for step in range(4) for batch in made.of_step(step, range(9)) if not batch.is_long]
+    jumped = [batch for batch in found if batch.jumps is not None]
+    assert len(jumped) == 0.25 * 4 * 8
+    assert all(len(batch.ids_BT) == 1 for batch in jumped)
+    places = {tuple(batch.jumps.positions_BT[0].tolist()) for batch in jumped if batch.jumps}
+    assert len(places) == len(jumped), "each window jumps elsewhere"
+    assert not any(batch.jumps for batch in batches().of_step(0, range(9)))
+
+
+def test_facts_are_woven_into_long_windows_alone(make_checkpoint: Callable[..., Path]) -> None:
+    weaver = Weaver(load_tokenizer(make_checkpoint("llama3")), spacing=500)
+    made = batches(weaver, objectives={"logits": 1.0, "retrieval": 1.0}, long_window=512)
+    found = list(made.of_step(0, range(9)))
+    for batch in found:
+        assert (batch.answers_N is not None) == batch.is_long
+    (long,) = (batch for batch in found if batch.is_long)
+    assert long.answers_N is not None
+    assert long.ids_BT.shape == (1, 512)
+    (again,) = (batch for batch in made.of_step(0, [0]) if batch.is_long)
+    assert torch.equal(again.ids_BT, long.ids_BT)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cosine_similarity, cross_entropy, linear
+from torch.nn.functional import cosine_similarity
 from torch.utils.checkpoint import checkpoint
 
 from restore.batches import Batch
@@ -15,7 +15,7 @@ from restore.kernels import cross_relation_kl, self_relation_kl
 from restore.model import TwoFaced
 from restore.positions import Jumps
 from restore.relations import Relations
-from restore.vocabulary import lm_loss, logits_kl
+from restore.vocabulary import lm_loss, logits_kl, token_loss
 
 # As many layers' hidden states as LongReD compares.
 _HIDDEN_LAYERS = 6
@@ -124,8 +124,7 @@ class Losses:
         if "lm" in self._weights:
             parts["lm"] = lm_loss(hidden_BTC, ids_BT, head_VC)
         if "retrieval" in self._weights and answers_N is not None:
-            logits_NV = linear(hidden_BTC[0, answers_N - 1], head_VC).float()
-            parts["retrieval"] = cross_entropy(logits_NV, ids_BT[0, answers_N])
+            parts["retrieval"] = token_loss(hidden_BTC[0, answers_N - 1], ids_BT[0, answers_N], head_VC)
         return self._weigh(parts), parts
 
     def _over_layers(self, values_L: Tensor) -> Tensor:

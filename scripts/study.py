@@ -82,7 +82,10 @@ class Work:
         for seed in self.study.seeds:
             for rope_type in self.study.rope_types:
                 for recipe, changes in self.study.recipes.items():
-                    name = f"{recipe}-{rope_type}-{seed}"
+                    own = changes.get("rope_type")
+                    if own and rope_type != self.study.rope_types[0]:
+                        continue  # a recipe with a RoPE of its own runs once
+                    name = f"{recipe}-{own or rope_type}-{seed}"
                     fields = {"model": self.study.model, "rope_type": rope_type, "evaluate": False}
                     fields |= {**self.study.restore, **changes, "seed": seed, "out": self.out / name}
                     yield name, RestoreConfig.resolve(None, fields)
@@ -116,18 +119,16 @@ class Work:
             return process.wait()
 
     def measure(self, name: str, config: RestoreConfig) -> None:
-        """Native, stretched and restored side by side, on record as one entry."""
+        """Native, stretched (where anything is) and restored side by side, on record as one entry."""
         manifest = read_manifest(config.out / MODEL)
         assert manifest is not None, "a restoration publishes its manifest with the model"
         settings = self.study.evaluation.for_target(manifest.rope.target_length, manifest.base.native_window)
         base, stretched = Path(self.study.model), read_config(config.out / MODEL)
-        models = [
-            self.evaluation("native", Candidate("native", base), settings),
-            self.evaluation(
-                f"stretched-{config.rope_type}-{config.target_length}", Candidate("stretched", base, stretched), settings
-            ),
-            self.evaluation(name, Candidate("restored", config.out / MODEL), settings),
-        ]
+        models = [self.evaluation("native", Candidate("native", base), settings)]
+        if config.rope_type != "none":
+            kept = f"stretched-{config.rope_type}-{config.target_length}"
+            models.append(self.evaluation(kept, Candidate("stretched", base, stretched), settings))
+        models.append(self.evaluation(name, Candidate("restored", config.out / MODEL), settings))
         if (config.out / "evaluation.json").exists():
             found = report.read(config.out / "evaluation.json")
         else:

@@ -110,7 +110,37 @@ def test_a_command_is_stopped_when_the_piece_is_over(settings: Path, tmp_path: P
     assert work.ard("eval", "--help") == -signal.SIGTERM
 
 
-def test_the_example_is_a_study() -> None:
-    example = study.Study.resolve(study.ROOT / "examples" / "study-smollm2.yaml", {})
-    names = [name for name, _ in study.Work(example, Path("out"), Path("out"), "", 0.0).runs()]
-    assert "linearard-linear-2" in names
+@pytest.mark.parametrize(
+    ("example", "run"), [("study-smollm2", "linearard-linear-2"), ("study-smollm2-ablation", "with-jumps-yarn-0")]
+)
+def test_the_examples_are_studies(example: str, run: str) -> None:
+    found = study.Study.resolve(study.ROOT / "examples" / f"{example}.yaml", {})
+    names = [name for name, _ in study.Work(found, Path("out"), Path("out"), "", 0.0).runs()]
+    assert run in names
+    assert len(set(names)) == len(names)
+
+
+def test_a_recipe_with_a_rope_of_its_own_runs_once(settings: Path, tmp_path: Path) -> None:
+    """As the twin does: the native model after the same text, which nothing stretches."""
+    fields = yaml.safe_load(settings.read_text())
+    fields["recipes"] = {"ours": {}, "twin": {"recipe": "cpt", "rope_type": "none", "target_length": 128}}
+    found = study.Study.model_validate(fields)
+    runs = dict(study.Work(found, tmp_path, tmp_path, "command", 0.0).runs())
+    assert list(runs) == ["ours-yarn-3", "twin-none-3", "ours-linear-3", "ours-yarn-4", "twin-none-4", "ours-linear-4"]
+    assert runs["twin-none-3"].rope_type == "none"
+
+
+def test_a_control_is_restored_and_measured_beside_its_native_self(
+    settings: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fields = yaml.safe_load(settings.read_text())
+    fields["recipes"] = {"twin": {"recipe": "cpt", "rope_type": "none", "target_length": 128}}
+    fields["evaluation"]["lengths"] = [64, 128]
+    path = tmp_path / "study.yaml"
+    path.write_text(yaml.safe_dump(fields | {"seeds": [3]}))
+    monkeypatch.setattr("restore.export.verify_rotary", lambda *_: None)
+    monkeypatch.setattr(study.Work, "ard", lambda self, *words: cli.main(words))
+    assert study.main([str(path), "--out", str(tmp_path / "work"), "--results", str(tmp_path)]) == 0
+    (entry,) = json.loads(next(tmp_path.glob("quality-*.json")).read_text())["runs"]
+    assert [row["recipe"] for row in entry["rows"]] == ["native", "cpt"]
+    assert [row["rope"] for row in entry["rows"]] == [None, "none"]

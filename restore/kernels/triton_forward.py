@@ -62,7 +62,7 @@ def _merge(m, mass, c):
 
 
 @triton.jit
-def _kernel(
+def _forward_kernel(
     q_s, k_s, q_t, k_t, kl, lse_s, lse_t, start, row,
     q_s_b, q_s_h, q_s_m, k_s_b, k_s_g, k_s_t, q_t_b, q_t_h, q_t_m, k_t_b, k_t_g, k_t_t,
     heads, shared, rows, columns, scale_s, scale_t,
@@ -158,5 +158,5 @@ def forward(
         *(stride for tensor in inputs for stride in tensor.stride()[:3]),
         heads, heads // groups, rows, columns, *scales,
     )  # fmt: skip
-    launch(_kernel, triton.cdiv(rows, tile.rows) * batch * heads, arguments, constants(tile, inputs), tile)
+    launch(_forward_kernel, triton.cdiv(rows, tile.rows) * batch * heads, arguments, constants(tile, inputs), tile)
     return kl_BHM, lse_s_BHM, lse_t_BHM

@@ -32,7 +32,7 @@ from restore.kernels.triton_tiles import (
 
 # A constant number of rows (Triton makes one of a 1) would unroll the loop that it is asked to pipeline.
 @triton.jit(do_not_specialize=["rows"])
-def _kernel(
+def _key_backward_kernel(
     q_s, k_s, q_t, k_t, grad, lse_s, lse_t, dk, peak, start, row, from_row,
     q_s_b, q_s_h, q_s_m, k_s_b, k_s_g, k_s_t, q_t_b, q_t_h, q_t_m, k_t_b, k_t_g, k_t_t, dk_b, dk_g, dk_t,
     groups, shared, rows, columns, scale_s, scale_t,
@@ -126,5 +126,5 @@ def key_backward(
         *(stride for tensor in (*inputs, dk_BGTD) for stride in tensor.stride()[:3]),
         groups, heads // groups, rows, columns, *scales,
     )  # fmt: skip
-    launch(_kernel, tiles * batch * groups, arguments, constants(tile, inputs) | {"SHIFT": shift}, tile)
+    launch(_key_backward_kernel, tiles * batch * groups, arguments, constants(tile, inputs) | {"SHIFT": shift}, tile)
     return dk_BGTD

@@ -26,11 +26,21 @@ def launch(kernel: Any, programs: int, arguments: tuple[Argument, ...], constant
         compiled[programs, 1, 1](*arguments, *constants.values())
         return
     if len(_COMPILED) >= _KEPT:
-        _COMPILED.clear()
+        forget()
     # None from the interpreter, which is asked again.
     _COMPILED[key] = kernel[programs,](
         *arguments, **constants, num_warps=tile.warps, num_stages=tile.stages, maxnreg=tile.registers
     )
+
+
+def forget() -> None:
+    """Ask Triton anew for every kernel."""
+    _COMPILED.clear()
+
+
+def last_compiled() -> Any:
+    """The compiled kernel that joined last: its registers, spills and shared memory, for whoever tunes."""
+    return next(reversed(_COMPILED.values()))
 
 
 def _kind(argument: Argument) -> object:

@@ -29,7 +29,7 @@ from restore.kernels.triton_tiles import (
 
 
 @triton.jit
-def _kernel(
+def _query_backward_kernel(
     q_s, k_s, q_t, k_t, grad, lse_s, lse_t, dq, peak, start, end, row,
     q_s_b, q_s_h, q_s_m, k_s_b, k_s_g, k_s_t, q_t_b, q_t_h, q_t_m, k_t_b, k_t_g, k_t_t, dq_b, dq_h, dq_m,
     heads, shared, rows, columns, scale_s, scale_t,
@@ -124,5 +124,11 @@ def query_backward(
         *(stride for tensor in (*inputs, dq_BHMD) for stride in tensor.stride()[:3]),
         heads, heads // groups, rows, columns, *scales,
     )  # fmt: skip
-    launch(_kernel, triton.cdiv(rows, tile.rows) * batch * heads, arguments, constants(tile, inputs) | {"SHIFT": shift}, tile)
+    launch(
+        _query_backward_kernel,
+        triton.cdiv(rows, tile.rows) * batch * heads,
+        arguments,
+        constants(tile, inputs) | {"SHIFT": shift},
+        tile,
+    )
     return dq_BHMD

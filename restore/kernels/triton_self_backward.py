@@ -33,7 +33,7 @@ from restore.kernels.triton_tiles import (
 
 
 @triton.jit
-def _kernel(
+def _self_backward_kernel(
     x_s, x_t, grad, lse_s, lse_t, dx, peak, start, end,
     x_s_b, x_s_h, x_s_t, x_t_b, x_t_h, x_t_t, dx_b, dx_h, dx_t,
     heads, tokens, scale_s, scale_t,
@@ -150,7 +150,7 @@ def self_backward(
         heads, tokens, *scales,
     )  # fmt: skip
     launch(
-        _kernel,
+        _self_backward_kernel,
         triton.cdiv(tokens, tile.rows) * batch * heads,
         arguments,
         constants(tile, (x_s_BHTD, x_t_BHTD)) | {"SHIFT": shift},

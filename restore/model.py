@@ -4,7 +4,7 @@ Shapes: B batch, T tokens, C hidden channels.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from restore.adapters import Adapters
 from restore.config import RestoreConfig
 from restore.recompute import KeptRows, Outputs, recomputed
-from restore.relations import Relations, Sink, hook
+from restore.relations import Relations, Sink, Taken, hook
 from restore.rope import RopePlan
 
 # From one layer's (student, teacher) relations to named losses, each a scalar.
@@ -183,4 +183,5 @@ def _attend(layer: nn.Module, hidden_BTC: Tensor, rope: Rope, sink: Sink) -> Non
     """A layer's relations from its input alone: norm and projections, without attention and MLP."""
     sink.attends = False
     normed = layer.input_layernorm(hidden_BTC)  # type: ignore[operator]
-    layer.self_attn(normed, position_embeddings=rope, attention_mask=None, relation_sink=sink)  # type: ignore[operator]
+    with suppress(Taken):
+        layer.self_attn(normed, position_embeddings=rope, attention_mask=None, relation_sink=sink)  # type: ignore[operator]

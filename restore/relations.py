@@ -7,7 +7,6 @@ layer was called with, if any, and then runs the stock SDPA attention, so that r
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -31,11 +30,15 @@ class Relations:
         return Relations(self.query_BHTD.detach(), self.key_BGTD.detach(), self.value_BGTD.detach())
 
 
+class Taken(Exception):  # noqa: N818 - no error: it ends a forward whose rest nobody wants
+    """The relations are in the sink, and the sink wanted nothing else."""
+
+
 @dataclass
 class Sink:
     """Takes the relations of the attention call that it is handed to, as `relation_sink`.
 
-    `attends` false: return zeros instead of attending, for a caller that wants the relations alone.
+    `attends` false: the call raises `Taken` instead of attending, for a caller that wants the relations alone.
     """
 
     attends: bool = True
@@ -66,5 +69,5 @@ def _attention(
     if relation_sink is not None:
         relation_sink.relations = Relations(query, key, value)
         if not relation_sink.attends:
-            return torch.zeros_like(query).transpose(1, 2), None
+            raise Taken
     return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)

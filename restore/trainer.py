@@ -16,11 +16,12 @@ from torch import Tensor
 
 from ard_serve.console import Bar, progress
 from ard_serve.errors import NumericsError, UsageError
-from restore import checkpoint
+from restore import checkpoint, devices
 from restore.batches import Batches, validation_batches
 from restore.checkpoint import RunState
 from restore.config import LONG, RestoreConfig
 from restore.data import TokenStream
+from restore.flops import Counter
 from restore.metrics import MetricsLog
 from restore.model import TwoFaced
 from restore.objectives import Losses
@@ -63,6 +64,8 @@ class Trainer:
             self._parameters.values(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
         )
         self._device = faces.model.device
+        self._tflop = Counter(faces.model.config.to_dict(), config).step(self.plan).counted / world.size / 1e12
+        self._gpu = devices.named(self._device)
         self._fingerprint = _fingerprint(config, train, validation) | {"processes": world.size}
         self._state = RunState(0, 0, math.inf, best_step=-1, best_loss=math.inf, fingerprint=self._fingerprint)
         self._best: dict[str, Tensor] = {}
@@ -150,6 +153,8 @@ class Trainer:
             "learning_rate": rate,
             "seconds": seconds,
             "tokens_per_s": self.plan.step_tokens / seconds,
+            "tflops": self._tflop / seconds,
+            **({} if self._gpu is None else {"of_matrix_rate": self._tflop / seconds / self._gpu.matrix_tflops}),
             "peak_memory_bytes": _peak_memory_bytes(self._device),
         }
 

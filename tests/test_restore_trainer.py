@@ -14,6 +14,7 @@ from ard_serve.errors import DataError, NumericsError, ResourceError, UsageError
 from restore import checkpoint, metrics
 from restore.config import RestoreConfig
 from restore.data import TokenStream
+from restore.flops import Counter
 from restore.loading import load, load_tokenizer
 from restore.model import TwoFaced
 from restore.plan import learning_rate, plan_steps
@@ -100,7 +101,9 @@ def test_training_lowers_its_objectives_and_records_each_step(
         assert rows[12]["validation"][objective] < rows[0]["validation"][objective], objective
     assert state.tokens == 12 * 256
     step = rows[1]
-    assert {"loss", "grad_norm", "learning_rate", "tokens_per_s", "peak_memory_bytes", *objectives} <= step.keys()
+    assert {"loss", "grad_norm", "learning_rate", "tokens_per_s", "tflops", "peak_memory_bytes", *objectives} <= step.keys()
+    counted = Counter(trainer._faces.model.config.to_dict(), trainer._config).step(trainer.plan).counted
+    assert step["tflops"] == pytest.approx(counted / step["seconds"] / 1e12)
     assert len(step["layer_kl"]) == (2 if "attention" in objectives else 0)
     assert step["loss"] == pytest.approx(sum(step[name] for name in objectives))
     assert list((tmp_path / "run" / "tensorboard").iterdir())

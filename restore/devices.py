@@ -1,0 +1,57 @@
+"""GPUs by their data sheets: what a plan can reckon with before it has seen one."""
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One kind of GPU.
+
+    Attributes:
+        name: as flags and results call it.
+        matrix_tflops: TFLOP/s of bf16 matrix products with fp32 sums, without sparsity, by the data sheet.
+        memory_mib: MiB that nvidia-smi shows.
+    """
+
+    name: str
+    matrix_tflops: float
+    memory_mib: int
+
+    @property
+    def usable_bytes(self) -> int:
+        """What is left for tensors beside the context that CUDA and its libraries keep."""
+        return (self.memory_mib << 20) - _CONTEXT_BYTES
+
+
+# A context with cuBLAS, cuDNN and NCCL loaded, and what PyTorch's allocator cannot use of its blocks.
+_CONTEXT_BYTES = 1 << 30
+
+# NVIDIA's data sheets; the H100 and the A100 are the SXM cards of 80 GB.
+GPUS = {
+    gpu.name: gpu
+    for gpu in (
+        Gpu("H100", 989.4, 81_559),
+        Gpu("H200", 989.4, 143_771),
+        Gpu("A100", 312.0, 81_920),
+        Gpu("L40S", 362.1, 46_068),
+        Gpu("RTX 4090", 165.2, 24_564),
+    )
+}
+# Other cards of the same chip are slower than the one in the table.
+_OTHER_CARDS = ("PCIe", "NVL", "Laptop", "40GB", "4090 D")
+
+
+def named(device: torch.device) -> Gpu | None:
+    """What is known of a device; None for a CPU and for a card that is not in the table."""
+    if device.type != "cuda":
+        return None
+    return by_name(torch.cuda.get_device_name(device))
+
+
+def by_name(reported: str) -> Gpu | None:
+    """The GPU that a driver reports as, for example, `NVIDIA H100 80GB HBM3`."""
+    if any(word in reported for word in _OTHER_CARDS):
+        return None
+    return next((gpu for name, gpu in GPUS.items() if name in reported), None)

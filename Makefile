@@ -8,7 +8,7 @@ export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow lint types imports unit faults lock clean
+.PHONY: help setup demo test test-slow lint types imports unit server-real faults lock clean
 
 help:  ## Show these targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|'
@@ -45,6 +45,9 @@ unit: setup
 
 test-slow: setup  ## The long checks that CI leaves out
 	$(BIN)/python -m pytest -m "slow and not gpu"
+
+server-real: setup  ## The server's fault rows on a real vLLM on this machine, for the record (6 minutes)
+	$(BIN)/python tests/real_faults.py docs/results/server-faults-cpu.json
 
 faults: setup  ## The fault matrix: each row, its test and its outcome
 	$(BIN)/python scripts/faults.py

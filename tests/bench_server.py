@@ -1,194 +1,194 @@
-"""What the gateway costs: `python tests/bench_server.py docs/results/server-overhead.json`.
+"""What the gateway costs: `python tests/bench_server.py docs/results/server-overhead.json scripted | real MODEL | start MODEL`.
 
-Two questions, answered with a scripted engine so that the engine's own time does not blur them. Which HTTP client passes
-events on for the least CPU? And what do requests pay for going through the gateway instead of straight to the engine?
+The same engine straight and through a gateway that is attached to it, in turns: 64 streams of users who come when they come,
+64 at the same instant, one light request at a time. With the scripted engine, whose own time does not blur the figures, or with
+a real vLLM. `start` compares the time from the start of the process to its being ready.
 """
 
-import asyncio
 import json
 import os
-import platform
-import statistics
+import random
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import contextmanager
-from importlib.metadata import version
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
-import aiohttp
 import httpx
 import psutil
 import uvloop
-from helpers_server import FAKE_ENGINE, gateways, wait_for
+from helpers_bench import Streams, burst, circumstances, closed_loop, real_body, scripted_body, spread, write
+from helpers_server import ENGINE_KEY, FAKE_ENGINE, free_port, gateways, running_engine, wait_for
+
+from server.config import ServeConfig
+from server.upstream import Upstream
 
 _STREAMS = 64
-_EVENTS = 300
-_GAP_S = 0.02
 _LIGHT_REQUESTS = 400
-_KEY = "bench"
+_VLLM: tuple[str, ...] = ServeConfig.model_fields["engine_command"].default
+_FLAGS = ("--enforce-eager", "--no-enable-prefix-caching")
+_KV_GIB = 0.5
 
-Open = Callable[[Path, bytes], AsyncIterator[bytes]]
-
-
-async def with_httpx(socket: Path, body: bytes) -> AsyncIterator[bytes]:
-    transport = httpx.AsyncHTTPTransport(uds=str(socket))
-    async with (
-        httpx.AsyncClient(transport=transport, base_url="http://engine", timeout=None) as client,
-        client.stream("POST", "/v1/completions", content=body, headers={"authorization": f"Bearer {_KEY}"}) as response,
-    ):
-        async for chunk in response.aiter_raw():
-            yield chunk
+Measured = dict[str, float]
 
 
-async def with_aiohttp(socket: Path, body: bytes) -> AsyncIterator[bytes]:
-    connector = aiohttp.UnixConnector(path=str(socket))
-    async with (
-        aiohttp.ClientSession("http://engine", connector=connector, auto_decompress=False) as session,
-        session.post("/v1/completions", data=body, headers={"authorization": f"Bearer {_KEY}"}) as response,
-    ):
-        async for chunk in response.content.iter_any():
-            yield chunk
+async def measure(
+    url: str, make: Callable[[], bytes], seconds: float, stream_s: float, gateway: psutil.Process | None
+) -> Measured:
+    """One side's turn. CPU figures only where the gateway's process is given."""
+
+    def cpu_s() -> float:
+        return sum(gateway.cpu_times()[:2]) if gateway else 0.0
+
+    with closing(Upstream(url, "" if gateway else ENGINE_KEY)) as server:
+        bodies = [make() for _ in range(_STREAMS)]
+        at_once_ms = await burst(server, bodies)
+        before_s = cpu_s()
+        ttft_ms, events_per_s, events = await closed_loop(server, bodies, seconds, stream_s)
+        cpu_us = 1e6 * (cpu_s() - before_s) / events
+        measured = {"ttft_ms": ttft_ms, "events_per_s": events_per_s, "burst_ttft_ms": at_once_ms}
+        return measured | ({"cpu_us_per_event": cpu_us} if gateway else {})
 
 
-async def with_plain_sockets(socket: Path, body: bytes) -> AsyncIterator[bytes]:
-    """asyncio streams and the chunked encoding read by hand: the floor, without any of the error handling one would need."""
-    reader, writer = await asyncio.open_unix_connection(str(socket))
-    head = (
-        f"POST /v1/completions HTTP/1.1\r\nhost: engine\r\nauthorization: Bearer {_KEY}\r\ncontent-length: {len(body)}\r\n\r\n"
-    )
-    writer.write(head.encode() + body)
-    await reader.readuntil(b"\r\n\r\n")
-    while size := int(await reader.readline(), 16):
-        yield await reader.readexactly(size)
-        await reader.readexactly(2)
-    writer.close()
+async def light(url: str, gateway: psutil.Process | None) -> Measured:
+    """One request of one event after another."""
+    streams, body = Streams(), scripted_body(1, 0)
+    with closing(Upstream(url, "" if gateway else ENGINE_KEY)) as server:
+        before_s = sum(gateway.cpu_times()[:2]) if gateway else 0.0
+        for _ in range(_LIGHT_REQUESTS):
+            await streams.one(server, body)
+        ttft_ms = sorted(streams.ttft_ms)[_LIGHT_REQUESTS // 2]
+        if not gateway:
+            return {"light_ttft_ms": ttft_ms}
+        return {
+            "light_ttft_ms": ttft_ms,
+            "cpu_ms_per_light_request": 1e3 * (sum(gateway.cpu_times()[:2]) - before_s) / _LIGHT_REQUESTS,
+        }
 
 
-CLIENTS: dict[str, Open] = {"httpx": with_httpx, "aiohttp": with_aiohttp, "plain sockets": with_plain_sockets}
-
-
-def request_body(events: int, gap_s: float) -> bytes:
-    script = json.dumps({"tokens": events, "gap_s": gap_s})
-    return json.dumps({"prompt": [1, 2, 3], "max_tokens": 8, "stream": True, "user": script}).encode()
-
-
-async def client_cost_us(client: Open, socket: Path) -> float:
-    """CPU of this process for each event, in microseconds, with 64 streams at 50 events a second each."""
-
-    async def read_one() -> int:
-        return len([chunk async for chunk in client(socket, request_body(_EVENTS, _GAP_S))])
-
-    await read_one()
-    before = time.process_time()
-    await asyncio.gather(*(read_one() for _ in range(_STREAMS)))
-    return 1e6 * (time.process_time() - before) / (_STREAMS * _EVENTS)
-
-
-async def timings(connect: Callable[[], aiohttp.ClientSession], events: int, streams: int, requests: int) -> dict[str, float]:
-    """Time to the first event and whole time of requests, `streams` at once, in milliseconds."""
-    ttft_ms, whole_ms = [], []
-    body = request_body(events, _GAP_S if events > 1 else 0)
-
-    async def worker(session: aiohttp.ClientSession) -> None:
-        for _ in range(requests // streams):
-            started = time.perf_counter()
-            async with session.post("/v1/completions", data=body) as response:
-                await response.content.readany()
-                ttft_ms.append(1e3 * (time.perf_counter() - started))
-                await response.read()
-            whole_ms.append(1e3 * (time.perf_counter() - started))
-
-    started = time.perf_counter()
-    async with connect() as session:
-        await asyncio.gather(*(worker(session) for _ in range(streams)))
-    elapsed_s = time.perf_counter() - started
+def side_by_side(turn: Callable[[bool], Measured], repeats: int) -> dict[str, Any]:
+    """Both sides in turns, ABBA; each figure's spread, and that of what the gateway adds, pair by pair."""
+    straight: list[Measured] = []
+    through: list[Measured] = []
+    for number in range(repeats):
+        for is_gateway in (False, True) if number % 2 == 0 else (True, False):
+            (through if is_gateway else straight).append(turn(is_gateway))
+    names = straight[0].keys()
+    pairs = list(zip(straight, through, strict=True))
     return {
-        "ttft_p50_ms": statistics.median(ttft_ms),
-        "ttft_p99_ms": sorted(ttft_ms)[int(0.99 * (len(ttft_ms) - 1))],
-        "whole_p50_ms": statistics.median(whole_ms),
-        "events_per_s": requests * events / elapsed_s,
+        "repeats": repeats,
+        "straight": {name: spread([one[name] for one in straight]) for name in names},
+        "gateway": {name: spread([one[name] for one in through]) for name in through[0]},
+        "gateway_adds": {
+            name: spread([100 * (b[name] / a[name] - 1) if name == "events_per_s" else b[name] - a[name] for a, b in pairs])
+            for name in names
+        },
+        "units": "ms, events a second (what the gateway adds to them in per cent), us of CPU an event",
     }
-
-
-async def gateway_cost(pid: int, url: str, socket: Path) -> dict[str, Any]:
-    """The same requests straight to the engine and through the gateway, and the gateway's CPU and memory for them."""
-
-    def straight() -> aiohttp.ClientSession:
-        connector = aiohttp.UnixConnector(str(socket), limit=0)
-        return aiohttp.ClientSession(
-            "http://engine", connector=connector, headers={"authorization": f"Bearer {_KEY}"}, raise_for_status=True
-        )
-
-    def through() -> aiohttp.ClientSession:
-        return aiohttp.ClientSession(url, connector=aiohttp.TCPConnector(limit=0), raise_for_status=True)
-
-    answer: dict[str, Any] = {}
-    process, cpu_s, light_cpu_s = psutil.Process(pid), 0.0, 0.0
-    for name, connect in (("straight", straight), ("gateway", through)):
-        await timings(connect, 1, 1, 50)
-        before_s = sum(process.cpu_times()[:2])
-        light = await timings(connect, 1, 1, _LIGHT_REQUESTS)
-        light_cpu_s = sum(process.cpu_times()[:2]) - before_s
-        before_s = sum(process.cpu_times()[:2])
-        streams = await timings(connect, _EVENTS, _STREAMS, _STREAMS)
-        cpu_s = sum(process.cpu_times()[:2]) - before_s
-        answer[name] = {"one_light_request_at_a_time": light, "64_streams": streams}
-    answer["cpu_ms_per_light_request"] = 1e3 * light_cpu_s / _LIGHT_REQUESTS
-    answer["cpu_us_per_event"] = 1e6 * cpu_s / (_STREAMS * _EVENTS)
-    one = "one_light_request_at_a_time"
-    answer["ttft_added_p50_ms"] = answer["gateway"][one]["ttft_p50_ms"] - answer["straight"][one]["ttft_p50_ms"]
-    answer["memory_mb"] = process.memory_info().rss / 1e6
-    return answer
 
 
 @contextmanager
-def engine(folder: Path) -> Iterator[Path]:
-    """A scripted engine of its own; yields its socket."""
-    socket = folder / "engine.sock"
-    environment = os.environ | {"VLLM_API_KEY": _KEY, "FAKE_LOG": str(folder / "engine.jsonl")}
-    process = subprocess.Popen([*FAKE_ENGINE, "--uds", str(socket)], env=environment)
+def both(command: tuple[str, ...], script: str, **fields: Any) -> Iterator[tuple[str, str, psutil.Process]]:
+    """An engine, and a gateway attached to it: addresses of both and the gateway's process."""
+    port = free_port()
+    with (
+        tempfile.TemporaryDirectory() as name,
+        running_engine(command, port, Path(name) / "engine.jsonl", script),
+        gateways(Path(name)) as start,
+    ):
+        engine = f"http://127.0.0.1:{port}"
+        quiet = {"canary_interval_s": 60, "canary_timeout_s": 60, **fields}
+        gateway = start(environment={"ARD_ENGINE_KEY": ENGINE_KEY}, attach=[engine], **quiet).until_ready(300)
+        yield engine, gateway.url, psutil.Process(gateway.process.pid)
+
+
+def scripted(repeats: int) -> dict[str, Any]:
+    """With the scripted engine: 64 streams, 50 events a second each."""
+    with both(FAKE_ENGINE, '{"blocks": 4000}') as (engine, gateway, process):
+
+        def turn(is_gateway: bool) -> Measured:
+            url, watched = (gateway, process) if is_gateway else (engine, None)
+            make = lambda: scripted_body(100, 0.02)  # noqa: E731
+            return uvloop.run(measure(url, make, 10, 2, watched)) | uvloop.run(light(url, watched))
+
+        turn(True)
+        results = side_by_side(turn, repeats)
+        results["gateway_memory_mb"] = round(process.memory_info().rss / 1e6, 1)
+        return {"load": "64 streams of 100 events, one each 20 ms"} | results
+
+
+def real(model: Path, tokens: int, seconds: float, repeats: int) -> dict[str, Any]:
+    """With a real vLLM: 64 streams of `tokens` each, as fast as it makes them."""
+    size = ("--max-model-len", "512", "--kv-cache-memory-bytes", str(int(_KV_GIB * 2**30)), "--max-num-seqs", "64")
+    command = (*_VLLM, "--model", str(model), "--served-model-name", model.name, *_FLAGS, *size)
+    with both(command, "{}", model=str(model), max_model_len=512) as (engine, gateway, process):
+
+        def turn(is_gateway: bool) -> Measured:
+            url, watched = (gateway, process) if is_gateway else (engine, None)
+            return uvloop.run(measure(url, lambda: real_body(tokens), seconds, seconds / 4, watched))
+
+        turn(True)
+        return {"load": f"64 streams of {tokens} tokens"} | side_by_side(turn, repeats)
+
+
+def start_s(model: Path, with_gateway: bool) -> float:
+    """Seconds from starting the process to its being ready: a completed canary for ours, /health for vLLM's own."""
+    port = free_port()
+    size = ("--max-model-len", "512")
+    if with_gateway:
+        command = [sys.executable, "-m", "ard_serve.cli", "serve", str(model), "--port", str(port), *size]
+        command += ["--kv-cache-gib", str(_KV_GIB), "--", *_FLAGS]
+    else:
+        command = [*_VLLM, "--model", str(model), "--port", str(port), *size, *_FLAGS]
+        command += ["--kv-cache-memory-bytes", str(int(_KV_GIB * 2**30)), "--load-format", "safetensors"]
+    started = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    family = psutil.Process(process.pid)
     try:
-        wait_for(socket.exists, 20)
-        yield socket
+        wait_for(lambda: answers(f"http://127.0.0.1:{port}/{'readyz' if with_gateway else 'health'}"), 300)
+        return time.perf_counter() - started
     finally:
-        for child in psutil.Process(process.pid).children():
-            child.kill()
-        process.kill()
+        left = [family, *family.children(recursive=True)]
+        process.terminate()
+        psutil.wait_procs(left, timeout=20)
+        for one in left:
+            if one.is_running():
+                one.kill()
         process.wait()
 
 
-def main(out: Path) -> None:
-    """Measure and write the results."""
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-    results: dict[str, Any] = {
-        "command": "python " + " ".join(sys.argv),
-        "commit": commit,
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
-        "load_average_before": round(os.getloadavg()[0], 2),
-        "load": f"{_STREAMS} streams of {_EVENTS} events, one each {1e3 * _GAP_S:.0f} ms",
-        "versions": {name: version(name) for name in ("aiohttp", "httpx", "uvicorn", "uvloop", "fastapi")},
-    }
-    with tempfile.TemporaryDirectory() as name, engine(Path(name)) as socket, gateways(Path(name)) as start:
-        results["client_cpu_us_per_event"] = {
-            label: round(uvloop.run(client_cost_us(client, socket)), 1) for label, client in CLIENTS.items()
-        }
-        gateway = start({"blocks": 4000}).until_ready()
-        results["gateway"] = rounded(uvloop.run(gateway_cost(gateway.process.pid, gateway.url, socket)))
-    results["load_average_after"] = round(os.getloadavg()[0], 2)
-    out.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    print(json.dumps(results, indent=2))
+def answers(url: str) -> bool:
+    try:
+        return httpx.get(url, timeout=2, trust_env=False).status_code == 200
+    except httpx.TransportError:
+        return False
 
 
-def rounded(values: Any) -> Any:
-    """Three decimals, at any depth."""
-    if isinstance(values, dict):
-        return {key: rounded(value) for key, value in values.items()}
-    return round(values, 3) if isinstance(values, float) else values
+def starts(model: Path, repeats: int) -> dict[str, Any]:
+    """Start-up in turns, after one start of each that fills the machine's file cache."""
+    start_s(model, False), start_s(model, True)
+    results = side_by_side(lambda is_gateway: {"start_s": start_s(model, is_gateway)}, repeats)
+    return results | {"units": "seconds to ready"}
+
+
+def main(out: Path, what: str, model: Path | None) -> None:
+    """Measure one section and put it into the results file, beside those that are there."""
+    random.seed(0)
+    os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count()))
+    sections = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {}
+    section = circumstances(("httptools", "uvicorn", "uvloop", "fastapi"))
+    if what == "scripted" or model is None:
+        section |= scripted(repeats=5)
+    elif what == "start":
+        section |= starts(model, repeats=3)
+    else:
+        section |= real(model, tokens=48, seconds=12, repeats=4)
+    section["load_average_after"] = round(os.getloadavg()[0], 2)
+    write(out, sections | {f"{what} {model.name if model else 'engine'}": section})
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3]) if len(sys.argv) > 3 else None)

@@ -9,55 +9,23 @@ import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import openai
 import psutil
 import pytest
 from helpers_server import ENGINE_KEY, Gateway, free_port, gateways, running_engine, send, wait_for
+from helpers_tiny_llama import WINDOW, write_tiny_llama
 
 from server.config import ServeConfig
 
 pytestmark = pytest.mark.vllm
 
-WINDOW = 2048
 VLLM: tuple[str, ...] = ServeConfig.model_fields["engine_command"].default
-TEMPLATE = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small random Llama with a byte-level tokenizer and a chat template.
-
-    Not the tiniest: its weights (120 MB) fill no processor's cache, so that a long answer takes seconds on any machine. An
-    engine that makes tokens faster than its API process passes them on sends them in one piece.
-    """
-    import torch
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
-
-    folder = tmp_path_factory.mktemp("vllm") / "tiny"
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={letter: index for index, letter in enumerate(letters)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    fast: Any = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
-        tokenizer_object=tokenizer, bos_token="<|bos|>", eos_token="<|im_end|>"
-    )
-    fast.add_special_tokens({"additional_special_tokens": ["<|im_start|>"]})
-    fast.chat_template = TEMPLATE
-    fast.save_pretrained(folder)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=320, hidden_size=768, intermediate_size=2048, num_hidden_layers=12, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=32, max_position_embeddings=WINDOW, bos_token_id=256, eos_token_id=257,
-    )  # fmt: skip
-    network: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)  # type: ignore[no-untyped-call]
-    network.save_pretrained(folder)
-    return folder
+    return write_tiny_llama(tmp_path_factory.mktemp("vllm") / "tiny")
 
 
 @pytest.fixture(scope="module")
@@ -145,14 +113,22 @@ def test_stop_and_several_prompts(client: openai.OpenAI) -> None:
     assert stopped.choices[0].text == text[: text.index(text[5])]
 
 
-@pytest.mark.slow
 def test_langchain_answers_and_streams(gateway: Gateway) -> None:
-    """A client that people use: `pip install langchain-openai`, 13 packages that nothing else here needs."""
-    langchain_openai = pytest.importorskip("langchain_openai")
-    chat = langchain_openai.ChatOpenAI(
-        model="tiny", base_url=f"{gateway.url}/v1", api_key="none", max_tokens=30, temperature=0, max_retries=0
+    """A client that people use."""
+    from langchain_openai import ChatOpenAI
+    from pydantic import SecretStr
+
+    chat = ChatOpenAI(
+        model="tiny",
+        base_url=f"{gateway.url}/v1",
+        api_key=SecretStr("none"),
+        max_completion_tokens=30,
+        temperature=0,
+        max_retries=0,
     )
-    assert chat.invoke("hello").usage_metadata["output_tokens"] > 0
+    usage = chat.invoke("hello").usage_metadata
+    assert usage is not None
+    assert usage["output_tokens"] > 0
     assert len(list(chat.stream("hello", stream_usage=True))) > 1
 
 

@@ -1,0 +1,86 @@
+"""What `real_faults.py` does to the engine and the server themselves: kills, stops, overflows, signals. It comes last."""
+
+import signal
+import time
+
+import psutil
+from helpers_server import wait_for
+from real_scene import START_S, Scene, core_of, damaged, engine_processes, refused, row, suspend, tensor_set_to
+
+
+@row("S5", "SIGSTOP of the whole engine: a stream at its deadline, the engine replaced")
+def hang(scene: Scene) -> str:
+    gateway = scene.serve(request_timeout_s=6, canary_timeout_s=2, hang_timeout_s=10).until_ready(START_S)
+    engine = engine_processes(gateway)
+    text, took_s = scene.stream(gateway, scene.window - 10, lambda: suspend(engine))
+    assert "deadline_exceeded" in text, text[-200:]
+    assert took_s < 8, took_s
+    wait_for(lambda: gateway.status("/readyz") == 503, 10)
+    assert gateway.status("/livez") == 200
+    wait_for(lambda: not any(process.is_running() for process in engine), 40)
+    again_s = wait_for(lambda: gateway.status("/readyz") == 200, START_S)
+    assert gateway.stop() == 0
+    return f"deadline_exceeded in the stream after {took_s:.1f} s; ready 503, live 200; replaced, ready after {again_s:.0f} s"
+
+
+@row("S4", "kill -9 of EngineCore under a stream, then again beyond --max-restarts 1")
+def engine_killed(scene: Scene) -> str:
+    gateway = scene.serve(max_restarts=1, restart_backoff_s=0.1).until_ready(START_S)
+    text, took_s = scene.stream(gateway, scene.window - 10, lambda: core_of(gateway).kill())
+    last = text.strip().split("\n\n")[-1]
+    assert '"error"' in last, last
+    assert "data: [DONE]" not in text
+    assert took_s < 2, f"{took_s:.2f} s"
+    wait_for(lambda: gateway.status("/readyz") == 503, 5)
+    again_s = wait_for(lambda: gateway.status("/readyz") == 200, START_S)
+    core_of(gateway).kill()
+    code = gateway.wait(30)
+    assert code == 70, f"exit code {code}"
+    return f"error event and no [DONE] {took_s:.2f} s after; ready 503; ready again after {again_s:.0f} s; then exit code 70"
+
+
+@row("S7", "SIGTERM with a stream longer than --drain-s 1")
+def drain_deadline(scene: Scene) -> str:
+    gateway = scene.serve(drain_s=1).until_ready(START_S)
+    family = psutil.Process(gateway.process.pid).children(recursive=True)
+    text, took_s = scene.stream(gateway, scene.window - 10, lambda: gateway.process.send_signal(signal.SIGTERM))
+    started = time.monotonic()
+    code = gateway.wait(20)
+    assert code == 143, f"exit code {code}"
+    assert "server_draining" in text.strip().split("\n\n")[-1], text[-300:]
+    assert "data: [DONE]" not in text
+    assert took_s < 2.5, took_s
+    ended_s = took_s + time.monotonic() - started
+    assert ended_s < 1 + 2, f"{ended_s:.1f} s"
+    assert psutil.wait_procs(family, timeout=3)[1] == [], "processes are left"
+    return f"error event after {took_s:.1f} s, exit code 143 {ended_s:.1f} s after the signal, no process left"
+
+
+@row("S22", "a model whose weights are finite and whose logits are not")
+def non_finite(scene: Scene) -> str:
+    folder = damaged(scene, "overflow")
+    tensor_set_to(folder, 3e38, "model.norm.weight")
+    gateway = scene.serve(folder)
+    wait_for(lambda: scene.engine_metric("ard_engine_non_finite", gateway) == 1, START_S)
+    assert gateway.status("/readyz") == 503
+    seen = refused(scene.ask(to=gateway), 500, "non_finite_logits")
+    gateway.stop()
+    return f"ready 503, ard_engine_non_finite 1, {seen}"
+
+
+@row("S6", "SIGTERM with a stream in flight that ends in time, and new requests")
+def drain(scene: Scene) -> str:
+    gateway, seen = scene.shared, {}
+    family = psutil.Process(gateway.process.pid).children(recursive=True)
+
+    def terminate() -> None:
+        gateway.process.send_signal(signal.SIGTERM)
+        wait_for(lambda: gateway.status("/readyz") == 503, 2)
+        seen["new"] = refused(scene.ask(), 503, "server_draining")[:40]
+
+    text, _ = scene.stream(gateway, 300, terminate)
+    assert text.rstrip().endswith("data: [DONE]"), text[-200:]
+    code = gateway.wait(30)
+    assert code == 0, f"exit code {code}"
+    assert psutil.wait_procs(family, timeout=3)[1] == [], "processes are left"
+    return f"the stream ended with [DONE]; a new request {seen['new']}; exit code 0, no process left"

@@ -30,9 +30,10 @@ class Batch:
     answers_N: Tensor | None = None
 
     def to(self, device: torch.device) -> "Batch":
-        jumped = None if self.jumps is None else Jumps(*(part.to(device, non_blocking=True) for part in self.jumps))
-        answers_N = None if self.answers_N is None else self.answers_N.to(device, non_blocking=True)
-        return Batch(self.ids_BT.to(device, non_blocking=True), self.share, self.is_long, jumped, answers_N)
+        """The batch on `device`; the GPU is not waited for, which goes on with what it was told before."""
+        jumped = None if self.jumps is None else Jumps(*(_moved(part, device) for part in self.jumps))
+        answers_N = None if self.answers_N is None else _moved(self.answers_N, device)
+        return Batch(_moved(self.ids_BT, device), self.share, self.is_long, jumped, answers_N)
 
 
 class Batches:
@@ -106,3 +107,8 @@ def _long_batch(ids_BT: Tensor, share: float, weaver: Weaver | None, seed: tuple
         return Batch(ids_BT, share, is_long=True)
     ids_BT, answers_N = weaver.weave(ids_BT, seed)
     return Batch(ids_BT, share, is_long=True, answers_N=answers_N)
+
+
+def _moved(tensor: Tensor, device: torch.device) -> Tensor:
+    # A copy from memory that the system may page out would wait until the GPU has nothing left to do.
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

@@ -213,15 +213,24 @@ class Windows:
         self._ids, self._seed = stream.ids, seed
         # The last window is given up where the stream is longer, so that every epoch can start at another offset.
         self.per_epoch = max(1, len(stream.ids) // length - 1)
+        self._epoch, self._starts = -1, np.empty(0, dtype=np.int64)
 
     def __getitem__(self, index: int) -> torch.Tensor:
         """Window number `index` of the endless sequence: [1, length] int64."""
         epoch, place = divmod(index, self.per_epoch)
+        if epoch != self._epoch:
+            # Drawing an order takes longer than a small model's step when there are millions of windows.
+            self._epoch, self._starts = epoch, self._starts_of(epoch)
+        start = int(self._starts[place])
+        return torch.from_numpy(self._ids[start : start + self.length].astype(np.int64))[None]
+
+    def _starts_of(self, epoch: int) -> np.ndarray:
+        """Where each window of an epoch starts, in the epoch's order."""
         generator = np.random.default_rng((self._seed, self.length, epoch))
         slack = len(self._ids) - self.per_epoch * self.length
         offset = int(generator.integers(0, slack + 1))
-        start = offset + int(generator.permutation(self.per_epoch)[place]) * self.length
-        return torch.from_numpy(self._ids[start : start + self.length].astype(np.int64))[None]
+        starts: np.ndarray = offset + generator.permutation(self.per_epoch) * self.length
+        return starts
 
 
 def evenly_spaced(stream: TokenStream, length: int, count: int) -> list[torch.Tensor]:

@@ -98,7 +98,7 @@ class Trainer:
                 if metrics:
                     metrics.write(before)
             while self._state.step < self.plan.steps:
-                row = self._step()
+                row = self.step()
                 done = self._state.step
                 if done % self._config.validation_every == 0 or done == self.plan.steps:
                     row["validation"] = self._validate()
@@ -128,7 +128,12 @@ class Trainer:
                 f"{self._folder / CHECKPOINTS}; try a lower --learning-rate than {self._config.learning_rate}"
             )
 
-    def _step(self) -> dict[str, Any]:
+    def step(self) -> dict[str, Any]:
+        """One optimizer step; returns its row of metrics.
+
+        Raises:
+            NumericsError: its loss or gradient is not finite; no weight was changed.
+        """
         started = time.monotonic()
         number = self._state.step
         rate = learning_rate(self._config, number, self.plan.steps)

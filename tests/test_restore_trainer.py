@@ -111,7 +111,7 @@ def test_training_lowers_its_objectives_and_records_each_step(
 
 def test_gradients_are_clipped_once_to_the_norm_of_the_whole_step(make_trainer: Callable[..., Trainer]) -> None:
     trainer = make_trainer(max_grad_norm=1e-3)
-    trainer._step()
+    trainer.step()
     total = torch.stack([p.grad.norm() for p in trainer._parameters.values() if p.grad is not None]).norm()
     assert float(total) == pytest.approx(1e-3, rel=1e-3)
 
@@ -219,7 +219,7 @@ def test_a_non_finite_loss_changes_no_weight_and_keeps_the_batch(make_trainer: C
     # Damage deep inside a real forward: an infinite norm weight makes every logit NaN.
     trainer._faces.model.model.norm.weight.data[3] = float("inf")
     with pytest.raises(NumericsError, match=r"step 1: loss nan.*the weights were not changed") as refusal:
-        trainer._step()
+        trainer.step()
     assert equal(weights_of(trainer), before)
     saved = json.loads((tmp_path / "run" / "bad-batch-step-1.json").read_text())
     assert [len(window) for window in saved] == [64, 64, 128]

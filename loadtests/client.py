@@ -66,13 +66,12 @@ async def _follow(address: Address, path: str, body: bytes, exchange: Exchange) 
     began_s = time.perf_counter()
     talk = await connect(address, take)
     try:
-        exchange.sent_s = time.perf_counter()
-        exchange.connect_ms = (exchange.sent_s - began_s) * 1000
+        exchange.connect_ms = (time.perf_counter() - began_s) * 1000
         await talk.ask(address, "POST", path, body)
         if talk.status != 200:
             exchange.detail = rest[:500].decode(errors="replace")
     finally:
-        exchange.status = talk.status
+        exchange.status, exchange.sent_s = talk.status, talk.sent_s
         talk.transport.close()
 
 

@@ -29,6 +29,7 @@ from loadtests.metrics import distribution
 _SHAPES = ((64, 64, 2048, 128), (128, 256, 2048, 128))
 _CLIENTS = ("ours", "h11", "aiohttp", "httpx2", "httpx2-shared", "httpx", "httpx-shared")
 _REPEATS = 3
+_CLOSED_LOOP = ("64", "128")
 _READ_BYTES = 1 << 16
 
 Send = Callable[[str, bytes], Awaitable[Exchange]]
@@ -130,26 +131,33 @@ async def measure(name: str, shape: tuple[int, int, int, int]) -> dict[str, Any]
     }  # fmt: skip
 
 
+def _in_a_child(*words: str) -> list[dict[str, Any]]:
+    """The JSON lines that a module of this package prints, with the load average beside each."""
+    printed = subprocess.run([sys.executable, "-m", *words], capture_output=True, text=True, check=True).stdout
+    found = [json.loads(line) | {"load_average": psutil.getloadavg()[0]} for line in printed.splitlines()]
+    for one in found:
+        print(one, flush=True)
+    return found
+
+
 def main() -> None:
     """Measure all, or the one client that a child process is asked for."""
     if len(sys.argv) == 4 and sys.argv[1] == "--one":
         found = uvloop.run(measure(sys.argv[2], _SHAPES[int(sys.argv[3])]))
         print(json.dumps(found))
         return
-    runs = []
+    runs, closed_loop = [], []
     for _ in range(_REPEATS):
         for shape in range(len(_SHAPES)):
             for name in _CLIENTS:
-                if name != "ours" and importlib.util.find_spec(name.removesuffix("-shared")) is None:
-                    continue
-                command = [sys.executable, "-m", "loadtests.client_comparison", "--one", name, str(shape)]
-                runs.append(json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout))
-                runs[-1]["load_average"] = psutil.getloadavg()[0]
-                print(runs[-1], flush=True)
+                if name == "ours" or importlib.util.find_spec(name.removesuffix("-shared")):
+                    runs += _in_a_child("loadtests.client_comparison", "--one", name, str(shape))
+        closed_loop += _in_a_child("loadtests.bias", *_CLOSED_LOOP)
     result = {
-        "command": "python -m loadtests.client_comparison", "commit": commit(),
+        "command": f"python -m loadtests.client_comparison {sys.argv[1]}", "commit": commit(),
         "at": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": describe_machine(), "true_ttft_ms": TTFT_MS, "true_itl_ms": ITL_MS, "runs": runs,
+        "closed_loop": {"command": f"python -m loadtests.bias {' '.join(_CLOSED_LOOP)}", "runs": closed_loop},
     }  # fmt: skip
     Path(sys.argv[1]).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 

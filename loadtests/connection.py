@@ -28,9 +28,10 @@ class Talk(asyncio.Protocol):
         self._ended: asyncio.Future[Exception | None] = asyncio.get_running_loop().create_future()
         self.transport: asyncio.Transport
         self.status = 0
+        self.sent_s = 0.0
 
     async def ask(self, address: Address, method: str, path: str, body: bytes) -> None:
-        """Send the request and wait for the end of the response; raises what cut it short."""
+        """Send the request, at `sent_s`, and wait for the end of the response; raises what cut it short."""
         headers = {
             "Host": address.authority,
             "Content-Type": "application/json",
@@ -39,7 +40,11 @@ class Talk(asyncio.Protocol):
             **address.headers,
         }
         head = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
-        self.transport.write(f"{method} {address.prefix}{path} HTTP/1.1\r\n{head}\r\n".encode() + body)
+        message = f"{method} {address.prefix}{path} HTTP/1.1\r\n{head}\r\n".encode() + body
+        # uvloop would otherwise hold the bytes back until everything else of this turn of the loop is done.
+        self.transport.set_write_buffer_limits(high=0)
+        self.sent_s = time.perf_counter()
+        self.transport.write(message)
         if error := await self._ended:
             raise error
 

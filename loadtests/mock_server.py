@@ -6,6 +6,7 @@ breaks on demand. `python -m loadtests.mock_server --ttft-ms 200` prints its por
 
 import argparse
 import asyncio
+import functools
 import itertools
 import json
 import math
@@ -13,24 +14,24 @@ import os
 import re
 import socket
 import time
-from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import uvicorn
+import uvloop
 from pydantic import Field
 
 from ard_serve.settings import Settings, add_flags
+from loadtests.mock_http import Call
 
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
 Fault = Literal["none", "stall", "drop", "error_event", "429", "500", "die", "short_usage", "wrong_under_load"]
 
 _NEEDLE = re.compile(r"number for ([\w-]+) is: (\d+)")
 _ASKED = re.compile(r".*number for ([\w-]+)\?", re.DOTALL)
 _WORD = re.compile(r"\s*\w+|\s*[^\w\s]")
 _QUESTION_TOKENS = 64
+_BACKLOG = 4096
+# Share of its wait for the first token after which a completion is looked at.
+_PATIENCE = 0.25
 
 
 class MockConfig(Settings):
@@ -103,144 +104,146 @@ class _Engine:
 
 
 class MockServer:
-    """The ASGI application."""
+    """Answers the routes of vLLM that a load test asks."""
 
     def __init__(self, config: MockConfig) -> None:
         self.config = config
         self._engine = _Engine()
         self._numbers = itertools.count()
+        self._reading = asyncio.Lock()
 
-    async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            return
-        arrived_s, path, engine = time.perf_counter(), scope["path"], self._engine
-        body = await _read_body(receive)
-        if path == "/v1/models":
+    async def handle(self, call: Call) -> None:
+        """Answer one request."""
+        engine = self._engine
+        if call.path == "/v1/models":
             model = {"id": "mock", "object": "model", "max_model_len": self.config.max_model_len}
-            await _reply(send, 200, {"object": "list", "data": [model]})
-        elif path in ("/v1/completions", "/v1/chat/completions"):
-            await self._complete(json.loads(body), path.endswith("chat/completions"), arrived_s, receive, send)
-        elif path == "/tokenize" and self.config.engine_metrics:
-            tokens = engine.encode(json.loads(body)["prompt"])
-            await _reply(send, 200, {"tokens": tokens, "count": len(tokens)})
-        elif path == "/metrics" and self.config.engine_metrics:
-            await _reply_text(send, 200, engine.metrics(self.config), "text/plain")
+            _reply(call, 200, {"object": "list", "data": [model]})
+        elif call.path in ("/v1/completions", "/v1/chat/completions"):
+            await self._complete(await self._read(call), call)
+        elif call.path == "/tokenize" and self.config.engine_metrics:
+            tokens = engine.encode(json.loads(call.body)["prompt"])
+            _reply(call, 200, {"tokens": tokens, "count": len(tokens)})
+        elif call.path == "/metrics" and self.config.engine_metrics:
+            _reply_text(call, 200, engine.metrics(self.config), "text/plain")
         else:
-            await _reply(send, 404, {"error": {"message": f"no route {path}", "code": 404}})
+            _reply(call, 404, {"error": {"message": f"no route {call.path}", "code": 404}})
 
-    async def _complete(self, request: dict[str, Any], chat: bool, arrived_s: float, receive: Receive, send: Send) -> None:
+    async def _read(self, call: Call) -> dict[str, Any]:
+        """Parse a completion's body: after those that came with it are stamped, one a turn of the loop.
+
+        Their 10 KB each would otherwise keep the next ones waiting in their sockets, and the client be blamed for it.
+        """
+        await asyncio.sleep(self.config.ttft_ms / 1000 * _PATIENCE)
+        async with self._reading:
+            await asyncio.sleep(0)
+            request: dict[str, Any] = json.loads(call.body)
+        return request
+
+    async def _complete(self, request: dict[str, Any], call: Call) -> None:
         number, config = next(self._numbers), self.config
         strikes = number >= config.fault_after and (number - config.fault_after) % config.fault_every == 0
         fault = config.fault if strikes else "none"
         if fault == "die":
             os._exit(1)
         if fault in ("429", "500"):
-            await _reply(send, int(fault), {"error": {"message": f"injected {fault}", "code": int(fault)}})
+            _reply(call, int(fault), {"error": {"message": f"injected {fault}", "code": int(fault)}})
             return
-        prompt = request["messages"][-1]["content"] if chat else request["prompt"]
+        prompt = request["messages"][-1]["content"] if "messages" in request else request["prompt"]
         if config.strict and (isinstance(prompt, list) or "ignore_eos" in request):
-            await _reply(send, 400, {"error": {"message": "only text prompts and standard parameters", "code": 400}})
+            _reply(call, 400, {"error": {"message": "only text prompts and standard parameters", "code": 400}})
             return
         tokens = self._engine.encode(prompt) if isinstance(prompt, str) else prompt
         if len(tokens) + request["max_tokens"] > config.max_model_len:
-            await _reply(send, 400, {"error": {"message": f"the window is {config.max_model_len} tokens", "code": 400}})
+            _reply(call, 400, {"error": {"message": f"the window is {config.max_model_len} tokens", "code": 400}})
             return
-        stream = asyncio.create_task(self._stream(number, fault, tokens, request, chat, arrived_s, send))
-        leaving = asyncio.create_task(_gone(receive))
-        await asyncio.wait({stream, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        leaving.cancel()
-        stream.cancel()
-        self._engine.held_blocks.pop(number, None)
-        if stream.done() and not stream.cancelled() and (error := stream.exception()):
-            raise error
+        try:
+            await self._stream(number, fault, tokens, request, call)
+        finally:
+            self._engine.held_blocks.pop(number, None)
 
-    async def _stream(
-        self, number: int, fault: str, tokens: list[int], request: dict[str, Any], chat: bool, arrived_s: float, send: Send
-    ) -> None:
+    async def _stream(self, number: int, fault: str, tokens: list[int], request: dict[str, Any], call: Call) -> None:
         config, engine = self.config, self._engine
-        count = request["max_tokens"]
+        count, chat = request["max_tokens"], "messages" in request
         engine.prompt_tokens += len(tokens)
         engine.hits += len(tokens) if config.prefix_cache else 0
         engine.held_blocks[number] = math.ceil((len(tokens) + count) / 16)
         engine.preemptions += engine.outgrows(len(tokens), count, config.kv_blocks - 1)
         answer = " " + engine.answer(tokens)
-        due_s = arrived_s + (config.ttft_ms + config.ttft_ms_per_token * len(tokens)) / 1000
+        due_s = call.arrived_s + (config.ttft_ms + config.ttft_ms_per_token * len(tokens)) / 1000
         await _sleep_until(due_s)
         wrong = fault == "wrong_under_load" and len(engine.held_blocks) > 1
         words = ["000000" if wrong else answer, *[" so"] * (count - 1)]
-        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/event-stream")]})
+        call.start(200, "text/event-stream")
+        first_s = 0.0
         for at in range(0, count, config.tokens_per_event):
             if at:
                 due_s += config.itl_ms * config.tokens_per_event / 1000
                 await _sleep_until(due_s)
             if at >= count // 2 and fault in ("stall", "drop", "error_event"):
-                await _break(fault, send)
+                await _break(fault, call)
                 return
             text = "".join(words[at : at + config.tokens_per_event])
-            engine.latest_s = max(engine.latest_s, time.perf_counter() - due_s)
-            await _event(send, _chunk(text, chat, "length" if at + config.tokens_per_event >= count else None))
+            left_s = call.send(_token_line(text, chat, at + config.tokens_per_event >= count))
+            engine.latest_s, first_s = max(engine.latest_s, left_s - due_s), first_s or left_s
         engine.generation_tokens += count
+        tail = b""
         if request.get("stream_options") and not config.strict:
             reported = len(tokens) - 7 if fault == "short_usage" else len(tokens)
             usage = {"prompt_tokens": reported, "completion_tokens": count, "total_tokens": reported + count}
-            await _event(send, {"choices": [], "usage": usage})
-        await send({"type": "http.response.body", "body": b"data: [DONE]\n\n"})
+            usage |= {"arrived_s": call.arrived_s, "first_event_s": first_s}
+            tail = _line({"choices": [], "usage": usage})
+        call.end(tail + b"data: [DONE]\n\n")
 
 
-def _chunk(text: str, chat: bool, finish: str | None) -> dict[str, Any]:
+@functools.lru_cache(maxsize=1024)
+def _token_line(text: str, chat: bool, last: bool) -> bytes:
+    """An event with tokens; most are alike, and at hundreds of streams writing their JSON anew would be felt."""
     content: dict[str, Any] = {"delta": {"content": text}} if chat else {"text": text}
-    return {"object": "text_completion", "choices": [{"index": 0, "finish_reason": finish, **content}]}
+    choice = {"index": 0, "finish_reason": "length" if last else None, **content}
+    return _line({"object": "text_completion", "choices": [choice]})
 
 
-async def _break(fault: str, send: Send) -> None:
+async def _break(fault: str, call: Call) -> None:
     if fault == "stall":
         await asyncio.sleep(3600)
     if fault == "error_event":
-        await _event(send, {"error": {"message": "engine died", "code": 500}})
-    await send({"type": "http.response.body", "body": b""})
+        call.send(_line({"error": {"message": "engine died", "code": 500}}))
+    call.end()
 
 
 async def _sleep_until(due_s: float) -> None:
-    if (left_s := due_s - time.perf_counter()) > 0:
+    # uvloop's timers count whole milliseconds and may end early.
+    while (left_s := due_s - time.perf_counter()) > 0:
         await asyncio.sleep(left_s)
 
 
-async def _read_body(receive: Receive) -> bytes:
-    parts = []
-    while True:
-        message = await receive()
-        parts.append(message.get("body", b""))
-        if not message.get("more_body"):
-            return b"".join(parts)
+def _line(data: dict[str, Any]) -> bytes:
+    return b"data: %b\n\n" % json.dumps(data).encode()
 
 
-async def _gone(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
+def _reply(call: Call, status: int, data: dict[str, Any]) -> None:
+    _reply_text(call, status, json.dumps(data), "application/json")
 
 
-async def _event(send: Send, data: dict[str, Any]) -> None:
-    await send({"type": "http.response.body", "body": b"data: %b\n\n" % json.dumps(data).encode(), "more_body": True})
+def _reply_text(call: Call, status: int, text: str, kind: str) -> None:
+    call.start(status, kind)
+    call.end(text.encode())
 
 
-async def _reply(send: Send, status: int, data: dict[str, Any]) -> None:
-    await _reply_text(send, status, json.dumps(data), "application/json")
-
-
-async def _reply_text(send: Send, status: int, text: str, kind: str) -> None:
-    await send({"type": "http.response.start", "status": status, "headers": [(b"content-type", kind.encode())]})
-    await send({"type": "http.response.body", "body": text.encode()})
+async def _serve(config: MockConfig) -> None:
+    server, loop = MockServer(config), asyncio.get_running_loop()
+    listener = socket.create_server(("127.0.0.1", config.port), backlog=_BACKLOG)
+    print(listener.getsockname()[1], flush=True)
+    # The loop listens again, with a backlog of its own.
+    listening = await loop.create_server(lambda: Call(server.handle), sock=listener, backlog=_BACKLOG)
+    await listening.serve_forever()
 
 
 def main() -> None:
     """Serve until killed."""
     parser = argparse.ArgumentParser(description=__doc__)
     add_flags(parser, MockConfig, *MockConfig.model_fields)
-    config = MockConfig.resolve(None, vars(parser.parse_args()))
-    listener = socket.create_server(("127.0.0.1", config.port), backlog=4096)
-    print(listener.getsockname()[1], flush=True)
-    server = uvicorn.Server(uvicorn.Config(MockServer(config), log_level="error", lifespan="off", access_log=False))
-    server.run(sockets=[listener])
+    uvloop.run(_serve(MockConfig.resolve(None, vars(parser.parse_args()))))
 
 
 if __name__ == "__main__":

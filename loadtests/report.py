@@ -22,7 +22,8 @@ def render(result: RunResult) -> str:
 def _head(title: str, result: RunResult) -> str:
     ran = {"time_limit": "stopped at its time limit", "server_died": "cut short: the server died"}.get(result.status)
     machine = result.machine
-    where = ", ".join([f"{machine['cpu']} × {machine['cores']}", *machine["gpus"]])
+    engine = [result.server["engine"]] if result.server.get("engine") else []
+    where = ", ".join([*engine, f"{machine['cpu']} × {machine['cores']}", *machine["gpus"]])
     left_out = f" Left out: {', '.join(result.not_run)}." if result.not_run else ""
     return (
         f"<h1>{text(title)}</h1><p class='faint'>{text(result.server.get('url', ''))} · {text(result.started_at)} · "
@@ -235,8 +236,10 @@ def _conditions(result: RunResult) -> str:
     if client:
         told = (
             f"At concurrency {client['concurrency']} against a mock server this client reports a median TTFT of "
-            f"{client['ttft_p50_ms']:.0f} ms where {client['true_ttft_ms']:.0f} ms are true, and a median gap of "
-            f"{client['itl_p50_ms']:.1f} ms where {client['true_itl_ms']:.0f} ms are; it took {client['cpu_s']:.1f} "
+            f"{client['ttft_p50_ms']:.1f} ms where {client['true_ttft_ms']:.0f} ms are true: the server gave "
+            f"{client['mock_ttft_p50_ms']:.1f} ms, the client added {client['ttft_added_p50_ms']:.1f} ms (p99 "
+            f"{client['ttft_added_p99_ms']:.1f} ms). Its median gap is {client['itl_p50_ms']:.1f} ms where "
+            f"{client['true_itl_ms']:.0f} ms are true; it took {client['cpu_s']:.1f} "
             f"CPU-seconds and {short_bytes(client['rss_bytes'])}."
         )
     dumped = {"settings": result.settings, "server": result.server, "machine": result.machine}

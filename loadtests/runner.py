@@ -154,10 +154,10 @@ class _LoadTest:
         longest = max((cell.length for cell in self._cells), default=1)
         bias = await measure_bias(top, max(1, min(longest, 8192)), min(self._config.output_tokens, 128), follow=follow)
         self.result.client = bias.model_dump()
-        if bias.ttft_bias_ms > _BIAS_LIMIT * bias.true_ttft_ms:
+        if bias.ttft_added_p50_ms > _BIAS_LIMIT * bias.true_ttft_ms:
             log.warning(
                 "this client adds %.0f ms to a TTFT of %.0f ms at concurrency %d; try --processes %d",
-                bias.ttft_bias_ms, bias.true_ttft_ms, top, 2 * self._config.processes,
+                bias.ttft_added_p50_ms, bias.true_ttft_ms, top, 2 * self._config.processes,
             )  # fmt: skip
 
     def _advance(self, record: RequestRecord) -> None:

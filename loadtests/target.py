@@ -1,17 +1,16 @@
 """What the server is and what it accepts, found by asking: its model and window, token ids or text, which parameters."""
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import httpx
 
 from ard_serve.errors import ModelError, UsageError
 from loadtests.address import Address
 from loadtests.client import Exchange, stream
 from loadtests.config import LoadConfig
 from loadtests.engine import Snapshot
+from loadtests.listing import engine_version, list_models, window
 from loadtests.prompts import Words
 from loadtests.tokens import TokenSource, find_source
 
@@ -37,7 +36,7 @@ class Target:
     kv_tokens: int | None = None
     block_tokens: int = 16
     model_dir: Path | None = None
-    listing: dict[str, Any] = field(default_factory=dict)
+    engine: str = ""
 
     @property
     def exact(self) -> bool:
@@ -55,6 +54,7 @@ class Target:
         """What the report says of the server."""
         return {
             "url": self.address.base,
+            "engine": self.engine,
             "model": self.model,
             "endpoint": self.path,
             "token_ids": self.source.name,
@@ -65,32 +65,6 @@ class Target:
             "block_tokens": self.block_tokens,
             "model_dir": str(self.model_dir or ""),
         }
-
-
-def list_models(address: Address, config: LoadConfig) -> dict[str, Any]:
-    """The entry of /v1/models that the run is about.
-
-    Raises:
-        UsageError: nobody answers, the key is wrong, or the model is not served.
-    """
-    url = f"{address.base}/v1/models"
-    try:
-        answer = httpx.get(url, headers=address.headers, timeout=30)
-    except httpx.HTTPError as error:
-        raise UsageError(f"{url}: no answer ({error}); start the server or correct the address") from None
-    if answer.status_code in (401, 403):
-        raise UsageError(f"{url}: the server wants a key (status {answer.status_code}); put it into ${config.api_key_env}")
-    try:
-        models = {model["id"]: model for model in answer.json()["data"]}
-    except (ValueError, KeyError, TypeError):
-        raise UsageError(
-            f"{url}: status {answer.status_code} and no model list; is this an OpenAI-compatible server?"
-        ) from None
-    name = config.model or next(iter(models), "")
-    if name not in models:
-        raise UsageError(f"model '{name}': not served at {address.base}; it serves {', '.join(models) or 'none'}")
-    listing: dict[str, Any] = models[name]
-    return listing
 
 
 async def discover(config: LoadConfig, address: Address, engine: Snapshot) -> Target:
@@ -109,8 +83,8 @@ async def discover(config: LoadConfig, address: Address, engine: Snapshot) -> Ta
     target = await _accepted(config, address, listing["id"], source)
     if isinstance(target.source, Words):
         await _calibrate(target, target.source)
-    target.listing, target.model_dir = listing, folder
-    target.served_limit = config.served_limit or listing.get("max_model_len")
+    target.engine, target.model_dir = engine_version(address, listing), folder
+    target.served_limit = config.served_limit or window(listing)
     target.block_tokens = int(engine.labels.get("block_size") or engine.values.get("block_tokens") or 16)
     # Block 0 is vLLM's null block and never holds a request's tokens.
     blocks = max(0, int(engine.labels.get("num_gpu_blocks") or 0) - 1)

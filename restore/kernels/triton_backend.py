@@ -1,14 +1,45 @@
 """The Triton kernels behind the names that `chunked` gives its functions."""
 
+import torch
 from torch import Tensor
 
+from restore.kernels import triton_forward
 from restore.kernels.documents import Spans
-from restore.kernels.triton_forward import forward
 from restore.kernels.triton_key_backward import key_backward
 from restore.kernels.triton_query_backward import query_backward
 from restore.kernels.triton_self_backward import self_backward
+from restore.kernels.triton_tiles import reaches_by_bulk_copy
 
 __all__ = ["backward", "forward", "self_backward"]
+
+
+# `hopper_forward` has been compiled but never run: `python -m restore.kernels.tune_hopper` on a GPU decides.
+HOPPER_FORWARD = False
+
+
+def forward(
+    q_s_BHMD: Tensor,
+    k_s_BGTD: Tensor,
+    q_t_BHMD: Tensor,
+    k_t_BGTD: Tensor,
+    scales: tuple[float, float],
+    spans: Spans | None,
+    row_BHM: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """KL of each row and the log-sum-exps of its student and teacher logits, by the fastest kernel that can."""
+    tensors = (q_s_BHMD, k_s_BGTD, q_t_BHMD, k_t_BGTD)
+    if HOPPER_FORWARD and spans is None and row_BHM is None and _suits_hopper(tensors):
+        # Late: Gluon is a younger part of triton than the rest.
+        from restore.kernels.hopper_forward import hopper_forward
+
+        return hopper_forward(*tensors, scales)
+    return triton_forward.forward(*tensors, scales, spans, row_BHM)
+
+
+def _suits_hopper(tensors: tuple[Tensor, ...]) -> bool:
+    x_BHTD = tensors[0]
+    fits = x_BHTD.dtype in (torch.bfloat16, torch.float16) and x_BHTD.shape[3] in (64, 128)
+    return fits and reaches_by_bulk_copy(tensors) and torch.cuda.get_device_capability(x_BHTD.device)[0] == 9
 
 
 def backward(

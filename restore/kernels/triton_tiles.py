@@ -98,15 +98,24 @@ def constants(tile: Tile, inputs: tuple[Tensor, ...]) -> dict[str, Any]:
 
 
 def _bulk_copies(tile: Tile, inputs: tuple[Tensor, ...]) -> bool:
-    if not (tile.bulk and inputs[0].is_cuda and _has_copy_engine(inputs[0].device)):
+    if not (tile.bulk and reaches_by_bulk_copy(inputs)):
         return False
-    # The engine takes addresses and strides of whole 16 bytes only.
+    allow_descriptors()
+    return True
+
+
+def reaches_by_bulk_copy(inputs: tuple[Tensor, ...]) -> bool:
+    """Whether the copy engine exists here and takes these: addresses and strides of whole 16 bytes, unit stride along D."""
+    if not (inputs[0].is_cuda and _has_copy_engine(inputs[0].device)):
+        return False
     places = [n * x.element_size() for x in inputs for n in x.stride()[:3]] + [x.data_ptr() for x in inputs]
-    if any(place % 16 for place in places):
-        return False
+    return not any(place % 16 for place in places) and all(x.stride(3) == 1 for x in inputs)
+
+
+def allow_descriptors() -> None:
+    """Give kernels the memory in which they make the copy engine's descriptors."""
     # At every launch: Triton keeps it by thread, and autograd's threads are others.
     triton.set_allocator(lambda size, _alignment, _stream: torch.empty(size, device="cuda", dtype=torch.int8))
-    return True
 
 
 def unit_stride(*tensors: Tensor) -> tuple[Tensor, ...]:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
@@ -111,19 +112,20 @@ def time_in_turns(run: Run, contest: list[Candidate], deadline: float, rounds: i
     for _ in range(rounds):
         for _ in range(repeats):
             for candidate in contest:
-                candidate.times_ms.append(_once_ms(run, candidate.tile))
+                candidate.times_ms.append(once_ms(partial(run, candidate.tile)))
             if time.monotonic() > deadline:
                 return
         contest.sort(key=lambda candidate: median(candidate.times_ms))
         contest = contest[: max(4, len(contest) // 2)]
 
 
-def _once_ms(run: Run, tile: Tile) -> float:
+def once_ms(work: Callable[[], object]) -> float:
+    """Milliseconds that the device takes for one run."""
     before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
     # Something to wait behind, so that Python's part lies hidden.
     torch.cuda._sleep(500_000)  # type: ignore[no-untyped-call]
     before.record()
-    run(tile)
+    work()
     after.record()
     after.synchronize()
     return float(before.elapsed_time(after))

@@ -55,15 +55,19 @@ def _send(q_tile, k_tiles, ready, k, zero):
 
 
 @gluon.jit
-def _release(free, k):
+def release(slot_free):
+    """Every warp of the group has read a tile: one of the two arrivals that free it."""
     gl.thread_barrier()
-    mbarrier.arrive(free.index(k % SLOTS), count=1)
+    mbarrier.arrive(slot_free, count=1)
 
 
 @gluon.jit
-def _copied(x):
-    # The next product takes this one's registers. A plain copy would be undone or put off beyond its start, where reading
-    # them makes the compiler wait for every product; max(x, -inf) where it stands is not (NaN stays NaN).
+def copied(x):
+    """A copy of a product, so that the next may take its registers.
+
+    A plain one would be undone or put off beyond that product's start, where reading them makes the compiler wait for every
+    product; max(x, -inf) where it stands is not (NaN stays NaN).
+    """
     return gl.inline_asm_elementwise("max.NaN.f32 $0, $1, 0fFF800000;", "=f,f", [x], dtype=gl.float32, is_pure=False, pack=1)
 
 
@@ -127,13 +131,13 @@ def _compare(own, HALF: gl.constexpr):
 
     s = warpgroup_mma_wait(0, [_send(x_s, k_tiles, ready, 0, zero)])
     for j in range(blocks - 1):
-        _release(free, 2 * j)
+        release(free.index(2 * j % SLOTS))
         t = _send(x_t, k_tiles, ready, 2 * j + 1, zero)
-        now = _copied(s)
+        now = copied(s)
         ahead = _send(x_s, k_tiles, ready, 2 * j + 2, zero)
         e_s, fall_s, m_s, l_s = _student(_lanes(now), m_s, l_s, c_s)
         t = warpgroup_mma_wait(1, [t])
-        _release(free, 2 * j + 1)
+        release(free.index((2 * j + 1) % SLOTS))
         m_t, l_t, a = _teacher(_lanes(t), e_s, fall_s, m_t, l_t, a, c_t, False)
         # Left running into the next round, the compiler would no longer see what may read it, and wait for every product.
         s = warpgroup_mma_wait(0, [ahead])

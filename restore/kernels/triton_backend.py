@@ -3,18 +3,18 @@
 import torch
 from torch import Tensor
 
-from restore.kernels import triton_forward
+from restore.kernels import triton_forward, triton_self_backward
 from restore.kernels.documents import Spans
 from restore.kernels.triton_key_backward import key_backward
 from restore.kernels.triton_query_backward import query_backward
-from restore.kernels.triton_self_backward import self_backward
 from restore.kernels.triton_tiles import reaches_by_bulk_copy
 
 __all__ = ["backward", "forward", "self_backward"]
 
 
-# `hopper_forward` has been compiled but never run: `python -m restore.kernels.tune_hopper` on a GPU decides.
+# The kernels for Hopper have been compiled but never run: `python -m restore.kernels.tune_hopper` on a GPU decides.
 HOPPER_FORWARD = False
+HOPPER_SELF_BACKWARD = False
 
 
 def forward(
@@ -34,6 +34,24 @@ def forward(
 
         return hopper_forward(*tensors, scales)
     return triton_forward.forward(*tensors, scales, spans, row_BHM)
+
+
+def self_backward(
+    grad_BHT: Tensor,
+    x_s_BHTD: Tensor,
+    x_t_BHTD: Tensor,
+    lse_s_BHT: Tensor,
+    lse_t_BHT: Tensor,
+    scales: tuple[float, float],
+    spans: Spans | None,
+) -> Tensor:
+    """Gradient of the student's tensor in a self-relation, by the fastest kernel that can."""
+    tensors = (grad_BHT, x_s_BHTD, x_t_BHTD, lse_s_BHT, lse_t_BHT)
+    if HOPPER_SELF_BACKWARD and spans is None and _suits_hopper((x_s_BHTD, x_t_BHTD)):
+        from restore.kernels.hopper_self_backward import hopper_self_backward
+
+        return hopper_self_backward(*tensors, scales)
+    return triton_self_backward.self_backward(*tensors, scales, spans)
 
 
 def _suits_hopper(tensors: tuple[Tensor, ...]) -> bool:

@@ -1,10 +1,11 @@
-"""`timeout 120 python -m restore.kernels.tune_hopper`: is the warp-specialised forward right on this GPU, and is it faster?
+"""`timeout 120 python -m restore.kernels.tune_hopper`: are the warp-specialised kernels right on this GPU, and faster?
 
-It was written without a GPU at hand and compiled for sm_90a only. A mistake in its barriers shows as a program that never ends:
-hence the `timeout`. Every shape is compared with `triton_forward`, then both are timed in turns beside a matrix product.
+They were written without a GPU at hand and compiled for sm_90a only. A mistake in their barriers shows as a program that never
+ends: hence the `timeout`. Every shape is compared with the Triton kernels, then all are timed in turns.
 """
 
 import json
+from collections.abc import Callable
 from functools import partial
 from itertools import product
 from statistics import median
@@ -15,10 +16,14 @@ from torch import Tensor
 
 from restore.kernels.bench import describe_run, measure_matmul
 from restore.kernels.hopper_forward import hopper_forward
+from restore.kernels.hopper_self_backward import hopper_self_backward
 from restore.kernels.triton_forward import forward
+from restore.kernels.triton_self_backward import self_backward
 from restore.kernels.tune import differs, once_ms
 
 Four = tuple[Tensor, Tensor, Tensor, Tensor]
+Run = Callable[[], tuple[Tensor, ...]]
+SCALES = (0.09, 0.08)
 
 
 def inputs(tokens: int, channels: int, groups: int, dtype: torch.dtype) -> Four:
@@ -34,35 +39,54 @@ def inputs(tokens: int, channels: int, groups: int, dtype: torch.dtype) -> Four:
 
 
 def check() -> list[str]:
-    """Shapes on which the two kernels differ by more than rounding, or two runs by one bit."""
+    """Shapes on which a kernel differs from Triton's by more than rounding, or from itself by one bit."""
     wrong = []
     shapes = product((1, 63, 64, 65, 127, 128, 129, 255, 257, 1000, 2048), (64, 128), (8, 2), (torch.bfloat16, torch.float16))
     for shape in shapes:
-        tensors = inputs(*shape)
-        scales = (0.09, 0.08)
-        ours = hopper_forward(*tensors, scales)
-        error = differs(ours, forward(*tensors, scales, None, None), limit=2e-4)
-        again = hopper_forward(*tensors, scales)
-        if error or not all(map(torch.equal, ours, again)):
-            wrong.append(f"{shape}: {error or 'two runs differ'}")
+        q_s, k_s, q_t, k_t = inputs(*shape)
+        rows = _same(
+            partial(hopper_forward, q_s, k_s, q_t, k_t, SCALES), partial(forward, q_s, k_s, q_t, k_t, SCALES, None, None), 2e-4
+        )
+        wrong += [f"forward {shape}: {rows}"] if rows else []
+        ours, theirs = _gradients(q_s, q_t)
+        gradient = _same(lambda: (ours(),), lambda: (theirs(),), 5e-3)  # noqa: B023 - called before they change
+        wrong += [f"self backward {shape}: {gradient}"] if gradient else []
     return wrong
 
 
+def _gradients(x_s: Tensor, x_t: Tensor) -> tuple[Callable[[], Tensor], Callable[[], Tensor]]:
+    kl, lse_s, lse_t = forward(x_s, x_s, x_t, x_t, SCALES, None, None)
+    grad = torch.rand_like(kl)
+    return (
+        partial(hopper_self_backward, grad, x_s, x_t, lse_s, lse_t, SCALES),
+        partial(self_backward, grad, x_s, x_t, lse_s, lse_t, SCALES, None),
+    )
+
+
+def _same(ours: Run, theirs: Run, limit: float) -> str | None:
+    first = ours()
+    return differs(first, theirs(), limit) or (None if all(map(torch.equal, first, ours())) else "two runs differ")
+
+
 def compare(tokens: int, channels: int, repeats: int = 15) -> dict[str, Any]:
-    """Median milliseconds of both, forward alone, 32 heads."""
+    """Median milliseconds of each kernel, 32 heads, and the TFLOP/s of those for Hopper."""
     q_s, q_t = (torch.randn(1, 32, tokens, channels, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    scales = (channels**-0.5, channels**-0.5)
-    contest = {
-        "triton": partial(forward, q_s, q_s, q_t, q_t, scales, None, None),
-        "hopper": partial(hopper_forward, q_s, q_s, q_t, q_t, scales),
+    hopper_gradient, triton_gradient = _gradients(q_s, q_t)
+    contest: dict[str, Callable[[], object]] = {
+        "triton_forward": partial(forward, q_s, q_s, q_t, q_t, SCALES, None, None),
+        "hopper_forward": partial(hopper_forward, q_s, q_s, q_t, q_t, SCALES),
+        "triton_self_backward": triton_gradient,
+        "hopper_self_backward": hopper_gradient,
     }
     times_ms: dict[str, list[float]] = {name: [] for name in contest}
     for _ in range(repeats):
         for name, run in contest.items():
             times_ms[name].append(once_ms(run))
-    row = {f"{name}_ms": round(median(times), 4) for name, times in times_ms.items()}
-    rate = 2 * tokens**2 * channels * 32 / row["hopper_ms"] / 1e9
-    return {"T": tokens, "channels": channels, **row, "hopper_tflops": round(rate, 1), "matmul_tflops": measure_matmul()}
+    row: dict[str, Any] = {"T": tokens, "channels": channels}
+    row |= {f"{name}_ms": round(median(times), 4) for name, times in times_ms.items()}
+    for name, products in (("hopper_forward", 2), ("hopper_self_backward", 6)):
+        row[f"{name}_tflops"] = round(products * tokens**2 * channels * 32 / row[f"{name}_ms"] / 1e9, 1)
+    return row | {"matmul_tflops": measure_matmul()}
 
 
 def main() -> None:

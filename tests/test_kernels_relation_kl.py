@@ -225,6 +225,41 @@ def test_compiles_without_a_graph_break() -> None:
     torch.testing.assert_close(torch.autograd.grad(loss, student), expected)
 
 
+@pytest.mark.parametrize("rows", [None, 5])
+def test_masked_and_sampled_rows_compile_without_waiting_for_a_value(rows: int | None) -> None:
+    """fullgraph: reading a tensor's value on the host, as a device would be waited for, is an error."""
+    (q_s, q_t), (k_s, k_t) = _pair(4, 20, 8, dtype=torch.float32), _pair(2, 20, 8, dtype=torch.float32)
+    mask = torch.arange(20)[None] >= torch.tensor([[0], [6]])
+
+    def loss(q: Tensor, k: Tensor) -> Tensor:
+        return cross_relation_kl(q, k, q_t, k_t, mask_BT=mask, rows=rows)
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")(q_s, k_s)
+    if rows is None:
+        torch.testing.assert_close(compiled, loss(q_s, k_s))
+    assert all(gradient.count_nonzero() > 0 for gradient in torch.autograd.grad(compiled, (q_s, k_s)))
+
+
+def test_checkpointing_changes_no_bit() -> None:
+    (q_s, q_t), (k_s, k_t) = _pair(4, 20, 8, dtype=torch.float32), _pair(2, 20, 8, dtype=torch.float32)
+    plain = cross_relation_kl(q_s, k_s, q_t, k_t)
+    again = checkpoint(cross_relation_kl, q_s, k_s, q_t, k_t, use_reentrant=False)
+    assert torch.equal(again, plain)
+    gradients = (torch.autograd.grad(loss, (q_s, k_s)) for loss in (again, plain))
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(*gradients, strict=True))
+
+
+def test_only_the_student_learns_and_only_once() -> None:
+    student, teacher = _pair(2, 20, 8)
+    teacher.requires_grad_()
+    loss = self_relation_kl(student, teacher)
+    torch.autograd.backward(loss, retain_graph=True)
+    assert student.grad is not None
+    assert teacher.grad is None
+    with pytest.raises(UsageError, match="create_graph"):
+        torch.autograd.grad(loss, student, create_graph=True)
+
+
 def test_selective_checkpointing_runs_the_forward_once(monkeypatch: pytest.MonkeyPatch) -> None:
     student, teacher = _pair(2, 20, 8)
     calls: list[int] = []

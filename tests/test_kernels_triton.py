@@ -1,5 +1,7 @@
 """The Triton kernels under Triton's interpreter (CPU, small shapes) or on a GPU where there is one, against dense float64."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -10,6 +12,8 @@ from restore.kernels import triton_backend
 from restore.kernels.documents import Spans, spans_of_lengths, spans_of_mask
 from restore.kernels.reference import relation_rows
 from restore.kernels.sampling import sample_rows, take_rows
+from restore.kernels.triton_launch import launch
+from restore.kernels.triton_tiles import Tile, unit_stride
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SCALES = (0.06, 0.05)
@@ -146,6 +150,62 @@ def test_tiny_upstream_gradients_survive_fp16() -> None:
     torch.testing.assert_close(small.float() * 2**10, big.float(), rtol=0.02, atol=2e-3)
 
 
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_nan_and_inf_are_not_hidden(poison: float) -> None:
+    student, teacher = _pair(1, 2, 70, 16, torch.float32)
+    student[0, 1, 40, 3] = poison
+    kl, lse_s, lse_t = triton_backend.forward(student, student, teacher, teacher, SCALES, None, None)
+    assert kl[0, 0].isfinite().all()
+    assert kl[0, 1, :40].isfinite().all()
+    assert not kl[0, 1, 40].isfinite()
+    gradient = triton_backend.self_backward(torch.ones_like(kl), student, teacher, lse_s, lse_t, SCALES, None)
+    assert gradient[0, 0].isfinite().all()
+    assert not gradient[0, 1, 40].isfinite().any()
+
+
+def test_strides_are_taken_as_they_are_and_only_scattered_channels_copied() -> None:
+    side_by_side = _pair(1, 2, 40, 16, torch.float32)
+    assert not side_by_side[0].is_contiguous()
+    assert all(ours is theirs for ours, theirs in zip(unit_stride(*side_by_side), side_by_side, strict=True))
+    scattered = tuple(x.transpose(2, 3).contiguous().transpose(2, 3) for x in side_by_side)
+    _check((scattered[0], scattered[1]), None)
+
+
+class _Kernel:
+    """Stands for a `triton.jit` kernel and the compiled variant that its first launch returns."""
+
+    def __init__(self) -> None:
+        self.asked, self.launched = 0, 0
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        def ask(*_: object, **__: object) -> Any:
+            self.asked += 1
+            return _Compiled(self)
+
+        return ask
+
+
+class _Compiled:
+    def __init__(self, kernel: _Kernel) -> None:
+        self._kernel = kernel
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        def run(*_: object) -> None:
+            self._kernel.launched += 1
+
+        return run
+
+
+def test_triton_is_asked_once_for_each_variant() -> None:
+    kernel, tile, x = _Kernel(), Tile(64, 64, 4, 2), torch.zeros(64)
+    for arguments in ((x, 16), (x, 16), (x, 1), (x.half(), 16), (x[1:], 16), (x, 16), (None, 16)):
+        launch(kernel, 3, arguments, {"ROWS": 64}, tile)
+    assert (kernel.asked, kernel.launched) == (5, 2)
+    launch(kernel, 3, (x, 16), {"ROWS": 32}, tile)
+    launch(kernel, 3, (x, 16), {"ROWS": 64}, tile._replace(warps=8))
+    assert (kernel.asked, kernel.launched) == (7, 2)
+
+
 def test_large_logits_stay_finite() -> None:
     student, teacher = _pair(1, 1, 70, 64, torch.float32)
     rows = triton_backend.forward(student * 30, student * 30, teacher * 30, teacher * 30, SCALES, None, None)
@@ -154,3 +214,11 @@ def test_large_logits_stay_finite() -> None:
     torch.testing.assert_close(rows[0].double(), truth, rtol=1e-4, atol=1e-2)
     gradient = triton_backend.self_backward(torch.ones_like(rows[0]), student * 30, teacher * 30, *rows[1:], SCALES, None)
     assert gradient.isfinite().all()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9, reason="needs a Hopper GPU")
+@pytest.mark.gpu
+def test_kernels_for_hopper_agree_with_tritons() -> None:
+    from restore.kernels.tune_hopper import check
+
+    assert check() == []

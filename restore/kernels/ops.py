@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.library import Library, infer_schema, register_fake
 
+from ard_serve.errors import UsageError
 from restore.kernels import chunked
 from restore.kernels.documents import Spans
 
@@ -139,6 +139,11 @@ def _keep(
     return rows
 
 
+def _refuse_second_order() -> None:
+    if torch.is_grad_enabled():  # within a backward: create_graph
+        raise UsageError("create_graph=True through a relation KL: it has a first derivative only; leave create_graph out")
+
+
 class _SelfRelation(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_s: Tensor, x_t: Tensor, scale_s: float, scale_t: float, *spans: Tensor | None) -> Rows:
@@ -147,10 +152,10 @@ class _SelfRelation(torch.autograd.Function):
         return _keep(ctx, rows, (x_s, x_t), (scale_s, scale_t), spans)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_BHT: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if grad_BHT is None:
             return (None,) * 6
+        _refuse_second_order()
         *tensors, start_BT, end_BT = ctx.saved_tensors
         return self_rows_backward(grad_BHT, *tensors, *ctx.scales, start_BT, end_BT), None, None, None, None, None
 
@@ -165,10 +170,10 @@ class _CrossRelation(torch.autograd.Function):
         return _keep(ctx, rows, (q_s, k_s, q_t, k_t), (scale_s, scale_t), where)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_BHM: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if grad_BHM is None:
             return (None,) * 9
+        _refuse_second_order()
         *tensors, start_BT, end_BT, row_BHM = ctx.saved_tensors
         dq_BHMD, dk_BGTD = cross_rows_backward(grad_BHM, *tensors, *ctx.scales, start_BT, end_BT, row_BHM)
         return dq_BHMD, dk_BGTD, None, None, None, None, None, None, None

@@ -42,7 +42,7 @@ def build_app(gateway: Gateway) -> FastAPI:
     app.exception_handler(HTTPException)(_http_error)
     app.exception_handler(ClientDisconnect)(_client_left)
     app.exception_handler(Exception)(_bug)
-    app.add_middleware(FastLane, gateway)
+    app.add_middleware(FastLane, gateway=gateway)
     app.add_middleware(RequestIds)
     return app
 

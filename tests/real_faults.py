@@ -4,21 +4,25 @@
 
 A small random Llama is made unless --model names a folder. PYTHON runs the engine (`-m vllm.entrypoints.openai.api_server`); it
 may be another environment than ours. Needed besides vLLM: the packages that `ard serve` itself needs, and transformers for the
-random model. Exit code 1 when a row failed; the results say which.
+random model. Exit code 1 when a row failed; the results say which. With --rows only those are tried, and replace their
+former results in the file.
 """
 
 import argparse
 import importlib
+import json
 import os
 import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Iterator
+from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from helpers_bench import circumstances, write
+from helpers_bench import circumstances
 from helpers_server import gateways
 from helpers_tiny_llama import write_tiny_llama
 from real_scene import ROWS, Scene
@@ -33,11 +37,10 @@ def engine_version() -> str:
     return "vllm of another environment"
 
 
-def run_rows(scene: Scene, only: set[str]) -> list[dict[str, Any]]:
+def run_rows(scene: Scene, only: set[str]) -> Iterator[dict[str, Any]]:
     """Each row in turn; one that fails does not keep the next from being tried."""
     for module in ("real_rows", "real_rows_engine"):
         importlib.import_module(module)  # each adds its rows, in the order in which they are tried
-    results = []
     for row in ROWS:
         if only and row.name not in only:
             continue
@@ -48,9 +51,16 @@ def run_rows(scene: Scene, only: set[str]) -> list[dict[str, Any]]:
             where = traceback.extract_tb(error.__traceback__)[-1]
             seen, passed = f"{type(error).__name__}: {error} (line {where.lineno} of {Path(where.filename).name})"[:600], False
         seconds = round(time.monotonic() - started, 2)
-        results.append({"row": row.name, "done": row.done, "seen": seen, "seconds": seconds, "passed": passed})
+        result = {"row": row.name, "done": row.done, "seen": seen, "seconds": seconds, "passed": passed}
+        yield result | {"date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")}
         print(f"{row.name:4} {'passed' if passed else 'FAILED'} {seconds:7.2f} s  {seen}", flush=True)
-    return results
+
+
+def kept_rows(out: Path, tried: list[str]) -> list[dict[str, Any]]:
+    """Rows that an earlier run has put into the file and this one has not tried."""
+    if not tried or not out.exists():
+        return []
+    return [row for row in json.loads(out.read_text(encoding="utf-8"))["rows"] if row["row"] not in tried]
 
 
 def main() -> int:
@@ -66,9 +76,12 @@ def main() -> int:
         folder = Path(name)
         model = given.model or write_tiny_llama(folder / "tiny-llama")
         scene = Scene(start, folder, model, (given.python, "-m", "vllm.entrypoints.openai.api_server"))
-        results |= {"model": model.name, "window": scene.window, "rows": run_rows(scene, set(given.rows))}
-    results["failed"] = [row["row"] for row in results["rows"] if not row["passed"]]
-    write(given.out, results)
+        results |= {"model": model.name, "window": scene.window}
+        rows = kept_rows(given.out, given.rows)
+        for row in run_rows(scene, set(given.rows)):
+            rows = sorted([*rows, row], key=lambda row: int(row["row"][1:]))
+            results |= {"failed": [row["row"] for row in rows if not row["passed"]], "rows": rows}
+            given.out.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     return 1 if results["failed"] else 0
 
 

@@ -1,4 +1,7 @@
-"""What `real_faults.py` does to the engine and the server themselves: kills, stops, overflows, signals. It comes last."""
+"""What `real_faults.py` does to the engine and the server themselves: kills, stops, overflows, signals.
+
+The first row ends the shared server: two engines would hold each other up on a machine with two cores.
+"""
 
 import signal
 import time
@@ -8,16 +11,34 @@ from helpers_server import wait_for
 from real_scene import START_S, Scene, core_of, damaged, engine_processes, refused, row, suspend, tensor_set_to
 
 
+@row("S6", "SIGTERM with a stream in flight that ends in time, and new requests")
+def drain(scene: Scene) -> str:
+    gateway, seen = scene.shared, {}
+    family = psutil.Process(gateway.process.pid).children(recursive=True)
+
+    def terminate() -> None:
+        gateway.process.send_signal(signal.SIGTERM)
+        wait_for(lambda: gateway.status("/readyz") == 503, 2)
+        seen["new"] = refused(scene.ask(), 503, "server_draining")[:40]
+
+    text, _ = scene.stream(gateway, 300, terminate)
+    assert text.rstrip().endswith("data: [DONE]"), text[-200:]
+    code = gateway.wait(30)
+    assert code == 0, f"exit code {code}"
+    assert psutil.wait_procs(family, timeout=3)[1] == [], "processes are left"
+    return f"the stream ended with [DONE]; a new request {seen['new']}; exit code 0, no process left"
+
+
 @row("S5", "SIGSTOP of the whole engine: a stream at its deadline, the engine replaced")
 def hang(scene: Scene) -> str:
-    gateway = scene.serve(request_timeout_s=6, canary_timeout_s=2, hang_timeout_s=10).until_ready(START_S)
+    gateway = scene.serve(request_timeout_s=6, hang_timeout_s=25).until_ready(START_S)
     engine = engine_processes(gateway)
     text, took_s = scene.stream(gateway, scene.window - 10, lambda: suspend(engine))
     assert "deadline_exceeded" in text, text[-200:]
     assert took_s < 8, took_s
     wait_for(lambda: gateway.status("/readyz") == 503, 10)
     assert gateway.status("/livez") == 200
-    wait_for(lambda: not any(process.is_running() for process in engine), 40)
+    wait_for(lambda: not any(process.is_running() for process in engine), 60)
     again_s = wait_for(lambda: gateway.status("/readyz") == 200, START_S)
     assert gateway.stop() == 0
     return f"deadline_exceeded in the stream after {took_s:.1f} s; ready 503, live 200; replaced, ready after {again_s:.0f} s"
@@ -66,21 +87,3 @@ def non_finite(scene: Scene) -> str:
     seen = refused(scene.ask(to=gateway), 500, "non_finite_logits")
     gateway.stop()
     return f"ready 503, ard_engine_non_finite 1, {seen}"
-
-
-@row("S6", "SIGTERM with a stream in flight that ends in time, and new requests")
-def drain(scene: Scene) -> str:
-    gateway, seen = scene.shared, {}
-    family = psutil.Process(gateway.process.pid).children(recursive=True)
-
-    def terminate() -> None:
-        gateway.process.send_signal(signal.SIGTERM)
-        wait_for(lambda: gateway.status("/readyz") == 503, 2)
-        seen["new"] = refused(scene.ask(), 503, "server_draining")[:40]
-
-    text, _ = scene.stream(gateway, 300, terminate)
-    assert text.rstrip().endswith("data: [DONE]"), text[-200:]
-    code = gateway.wait(30)
-    assert code == 0, f"exit code {code}"
-    assert psutil.wait_procs(family, timeout=3)[1] == [], "processes are left"
-    return f"the stream ended with [DONE]; a new request {seen['new']}; exit code 0, no process left"

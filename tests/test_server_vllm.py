@@ -225,6 +225,25 @@ def test_an_engine_that_already_runs_is_attached_to_and_left_running(model: Path
 
 
 @pytest.mark.timing
+@pytest.mark.slow
+def test_short_texts_go_to_a_second_engine_with_the_native_model(model: Path, tmp_path: Path) -> None:
+    native = write_tiny_llama(tmp_path / "native", window=256)
+    fields = {"engine_command": VLLM, "engine_args": ["--enforce-eager"], "kv_cache_gib": 0.012, "canary_timeout_s": 30}
+    with gateways(tmp_path) as start:
+        gateway = start(model=str(model), profile_short=str(native), **fields)
+        wait_for(lambda: gateway.until_ready(300).metric("ard_ready") == 2, 300)
+        with gateway.client() as client:
+            body = {"max_tokens": 8, "ignore_eos": True}
+            short = client.post("/v1/completions", json={"prompt": "x" * 100, **body})
+            long = client.post("/v1/completions", json={"prompt": "x" * 600, **body})
+        assert (short.status_code, short.headers["x-ard-profile"]) == (200, "native")
+        assert (long.status_code, long.headers["x-ard-profile"]) == (200, "restored")
+        assert short.json()["usage"]["prompt_tokens"] == 100
+        assert engine_metric(gateway, "vllm:request_success_total") > 2
+        assert gateway.metric('vllm:kv_cache_usage_perc{ard_engine="native"}') == 0
+        assert gateway.stop() == 0
+
+
 @pytest.mark.fault("S4")
 def test_a_killed_engine_core_is_told_in_the_stream_and_replaced(gateway: Gateway) -> None:
     gateway.until_ready(300)

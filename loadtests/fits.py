@@ -1,39 +1,25 @@
-"""What the figures mean: TTFT against length as a law, what fits the limits, and answers that go wrong under load."""
+"""What the figures mean: their laws, what fits the limits, and answers that go wrong under load."""
 
 import math
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
 from loadtests.config import LoadConfig
-from loadtests.records import CellResult, Record, RequestRecord, RunResult
+from loadtests.laws import ThroughputFit, TtftFit, fit_throughput, fit_ttft
+from loadtests.records import CellResult, RequestRecord, RunResult
 
 _ALARM_P = 0.02
-_CURVE_POINTS = 48
-
-
-class TtftFit(Record):
-    """TTFT in ms as a + b L + c L^2 over prompt tokens L, with 95% bands of the mean.
-
-    `quadratic_from_tokens` is where c L^2 passes b L: beyond it attention costs more than everything else.
-    `curve` holds (length, ttft, low, high).
-    """
-
-    a_ms: float
-    b_ms: float
-    c_ms: float
-    concurrency: int | None
-    requests: int
-    quadratic_from_tokens: float | None
-    curve: list[tuple[float, float, float, float]]
 
 
 def add_fits(result: RunResult, config: LoadConfig) -> None:
     """Fill `fits` and `alarms` of a result from its cells and records."""
     believed = [cell for cell in result.cells if not cell.refused]
     fit = _fit_at_lowest_load(believed, result.requests)
-    result.fits = {"ttft": fit.model_dump() if fit else None, "limits": what_fits(believed, config)}
+    result.fits = {
+        "ttft": fit.model_dump() if fit else None,
+        "throughput": [one.model_dump() for one in _throughput_by_length(believed)],
+        "limits": what_fits(believed, config),
+    }
     result.alarms = [f"{cell.cell}: {cell.refused}; its figures are refused" for cell in result.cells if cell.refused]
     result.alarms += corruption_alarms(believed, result.requests)
 
@@ -52,36 +38,14 @@ def _fit_at_lowest_load(cells: Sequence[CellResult], records: Sequence[RequestRe
     return fit_ttft([length for length, _ in points], [ms for _, ms in points], min(loads))
 
 
-def fit_ttft(lengths: Sequence[float], ttft_ms: Sequence[float], concurrency: int | None = None) -> TtftFit | None:
-    """Least squares on relative errors with non-negative terms; None for fewer than three distinct lengths.
-
-    Relative, because a TTFT of ten seconds scatters by more than one of fifty milliseconds.
-    """
-    if len(set(lengths)) < 3:
-        return None
-    x, y = np.asarray(lengths, dtype=float), np.asarray(ttft_ms, dtype=float)
-    scale = x.max()
-    powers = [0, 1, 2]
-    while True:
-        design = np.stack([(x / scale) ** power for power in powers], axis=1) / y[:, None]
-        solution = np.linalg.lstsq(design, np.ones_like(y), rcond=None)[0]
-        if (solution >= 0).all() or len(powers) == 1:
-            break
-        powers.remove(powers[int(solution.argmin())])
-    residual = design @ solution - 1
-    variance = float(residual @ residual) / max(1, len(y) - len(powers))
-    covariance = variance * np.linalg.pinv(design.T @ design)
-    at = np.linspace(x.min(), scale, _CURVE_POINTS)
-    basis = np.stack([(at / scale) ** power for power in powers], axis=1)
-    mean = basis @ solution
-    half = 1.96 * np.sqrt(np.einsum("ij,jk,ik->i", basis, covariance, basis))
-    terms = {power: float(value) / scale**power for power, value in zip(powers, solution, strict=True)}
-    b, c = terms.get(1, 0.0), terms.get(2, 0.0)
-    rows = zip(at.round(1).tolist(), mean.tolist(), (mean - half).tolist(), (mean + half).tolist(), strict=True)
-    return TtftFit(
-        a_ms=terms.get(0, 0.0), b_ms=b, c_ms=c, concurrency=concurrency, requests=len(y),
-        quadratic_from_tokens=b / c if c else None, curve=[tuple(round(v, 3) for v in row) for row in rows],
-    )  # fmt: skip
+def _throughput_by_length(cells: Sequence[CellResult]) -> list[ThroughputFit]:
+    fits = []
+    for length in sorted({cell.length for cell in cells}):
+        row = [(c.concurrency, c.output_tokens_per_s) for c in cells if c.length == length]
+        points = [(concurrency, rate) for concurrency, rate in row if concurrency and rate]
+        if fit := fit_throughput(length, [load for load, _ in points], [rate for _, rate in points]):
+            fits.append(fit)
+    return fits
 
 
 def what_fits(cells: Sequence[CellResult], config: LoadConfig) -> dict[str, Any] | None:

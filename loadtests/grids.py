@@ -5,14 +5,14 @@ from collections.abc import Callable, Sequence
 
 from loadtests.page import Shade, card, heat
 from loadtests.records import CellResult, Distribution
-from loadtests.units import short_count
+from loadtests.units import short_length
 
 Pick = Callable[[CellResult], float | None]
 
 
 def shown_length(tokens: int) -> str:
     """A prompt length as people read it; a replayed trace has many and states none."""
-    return short_count(tokens) if tokens else "traced"
+    return short_length(tokens) if tokens else "traced"
 
 
 def percentile(latency: str, name: str) -> Pick:

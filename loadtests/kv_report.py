@@ -11,16 +11,22 @@ from loadtests.target import Target
 def describe_kv(result: RunResult, target: Target) -> dict[str, Any]:
     """The memory part of a result; what is not known is absent."""
     described: dict[str, Any] = {}
+    cache = result.server.get("cache", {})
     if target.model_dir is not None:
         try:
-            shape = kv_shape(read_config(target.model_dir))
-            described |= {"kind": shape.kind, "bytes_per_token": shape.bytes_per_token, "state_layers": shape.state_layers}
+            dtype = cache.get("cache_dtype") or "auto"
+            shape = kv_shape(read_config(target.model_dir), dtype)
+            described |= {
+                "kind": shape.kind,
+                "dtype": dtype,
+                "bytes_per_token": shape.bytes_per_token,
+                "state_layers": shape.state_layers,
+            }
         except ModelError as error:
             described["unknown"] = str(error)
     if target.kv_tokens is None:
         return described
     described["pool_tokens"] = target.kv_tokens
-    cache = result.server.get("cache", {})
     # vLLM 0.32 states the bytes it was given, not those that remain after a block override.
     pool, blocks = cache.get("kv_cache_memory_bytes", ""), cache.get("num_gpu_blocks", "")
     if cache.get("num_gpu_blocks_override", "None") == "None" and pool.isdigit() and blocks.isdigit():

@@ -1,8 +1,8 @@
 """What the KV cache costs, from config.json alone: bytes per token, use by a load, and the load that fits.
 
 Sources: grouped-query attention holds a key and a value per KV head (arXiv:2305.13245); multi-head latent attention one
-compressed vector and one rotary key per layer (arXiv:2405.04434); a sliding-window layer holds its window at most;
-a linear-attention or state-space layer holds no KV at all.
+compressed vector and one rotary key per layer (arXiv:2405.04434); a sliding-window layer holds its window at most and one
+of chunked attention its chunk; a linear-attention or state-space layer holds no KV at all.
 """
 
 import json
@@ -18,6 +18,8 @@ from loadtests.records import RequestRecord
 
 _DTYPE_BYTES = {"float32": 4, "float": 4, "bfloat16": 2, "float16": 2, "half": 2, "fp8": 1, "fp8_e4m3": 1, "fp8_e5m2": 1}
 _STATE_LAYERS = ("linear_attention", "mamba", "mamba2", "recurrent", "conv", "ssm")
+_NO_KV_LAYERS = (*_STATE_LAYERS, "mlp", "moe")
+_NEMOTRON_LAYERS = {"M": "mamba", "*": "full_attention", "-": "mlp", "E": "moe"}
 
 
 @dataclass(frozen=True)
@@ -76,29 +78,47 @@ def kv_shape(config: dict[str, Any], kv_dtype: str = "auto", tensor_parallel: in
 
 
 def _kv_shape(config: dict[str, Any], dtype_bytes: int, tensor_parallel: int) -> KvShape:
-    count = config["num_hidden_layers"]
-    kinds = (config.get("layer_types") or config.get("layers_block_type") or ["full_attention"] * count)[:count]
+    kinds = layer_kinds(config)
     state_layers = sum(kind in _STATE_LAYERS for kind in kinds)
+    # The last layers of Gemma 3n read the keys and values of earlier ones.
+    holding = kinds[: len(kinds) - int(config.get("num_kv_shared_layers") or 0)]
+    holding = [kind for kind in holding if kind not in _NO_KV_LAYERS]
     if config.get("kv_lora_rank"):
         # The latent vector is shared by all heads, so that tensor parallelism copies it.
         layer = KvLayer((config["kv_lora_rank"] + config["qk_rope_head_dim"]) * dtype_bytes)
-        return KvShape((layer,) * (count - state_layers), "latent", state_layers)
+        return KvShape((layer,) * len(holding), "latent", state_layers)
     heads = config["num_attention_heads"]
     kv_heads = config.get("num_key_value_heads") or heads
     head_dim = config.get("head_dim") or config["hidden_size"] // heads
     bytes_per_token = 2 * max(1, math.ceil(kv_heads / tensor_parallel)) * head_dim * dtype_bytes
-    layers = tuple(KvLayer(bytes_per_token, _window(config, kind)) for kind in kinds if kind not in _STATE_LAYERS)
+    windows = {"sliding_attention": config.get("sliding_window"), "chunked_attention": config.get("attention_chunk_size")}
+    layers = tuple(KvLayer(bytes_per_token, windows.get(kind)) for kind in holding)
     kind = "hybrid" if state_layers else "grouped-query" if kv_heads < heads else "multi-head"
     return KvShape(layers, kind, state_layers)
 
 
-def _window(config: dict[str, Any], kind: str) -> int | None:
-    if config.get("layer_types"):
-        return config.get("sliding_window") if kind == "sliding_attention" else None
-    return config.get("sliding_window") if config.get("use_sliding_window", True) else None
+def layer_kinds(config: dict[str, Any]) -> list[str]:
+    """What each layer is, by the several ways in which configurations say it; raises KeyError without a layer count."""
+    layers = range(config["num_hidden_layers"])
+    if listed := config.get("layer_types") or config.get("layers_block_type"):
+        return list(listed[: len(layers)])
+    if letters := config.get("hybrid_override_pattern"):
+        return [_NEMOTRON_LAYERS[letter] for letter in letters]
+    if every := config.get("full_attention_interval"):
+        return ["linear_attention" if (layer + 1) % every else "full_attention" for layer in layers]
+    if every := config.get("attn_layer_period"):
+        offset = config.get("attn_layer_offset", 0)
+        return ["full_attention" if layer % every == offset else "mamba" for layer in layers]
+    if not config.get("sliding_window") or not config.get("use_sliding_window", True):
+        return ["full_attention"] * len(layers)
+    every = config.get("sliding_window_pattern") or (2 if config.get("model_type") == "gemma2" else 0)
+    return ["full_attention" if every and (layer + 1) % every == 0 else "sliding_attention" for layer in layers]
 
 
 def _dtype_bytes(config: dict[str, Any], kv_dtype: str) -> int:
+    scheme = (config.get("quantization_config") or {}).get("kv_cache_scheme")
+    if kv_dtype == "auto" and scheme:
+        return math.ceil(int(scheme["num_bits"]) / 8)
     name = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16") if kv_dtype == "auto" else kv_dtype
     if (name := name.removeprefix("torch.")) not in _DTYPE_BYTES:
         raise ModelError(f"KV dtype '{name}': unknown; one of auto, {', '.join(_DTYPE_BYTES)}")

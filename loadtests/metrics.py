@@ -56,19 +56,41 @@ def meets_limits(record: RequestRecord, config: LoadConfig) -> bool:
 
 
 def full_load_window(records: Sequence[RequestRecord], closed: bool) -> tuple[float, float]:
-    """When the load was at its target: (start, end) in seconds of the run.
+    """When the load was at its target: (start, end) in seconds of the run; an empty window where it never was.
 
-    Closed loop: from the first measured request's writing to the last one's last token. Open loop: from the first planned
-    arrival to one mean interval after the last, so that ten arrivals are ten intervals and the drain is left out.
+    Closed loop: from the first measured request's writing to the last one's last token. Open loop: from the first end of a
+    request, since those that arrive before it find the server emptier than it will be, and the second arrival at the
+    earliest, to one mean interval after the last planned arrival; the drain is left out.
     """
     measured = [record for record in records if record.role == "measured"]
     if not measured:
         return 0, 0
     if closed:
         return min(record.sent_s for record in measured), max(record.end_s for record in measured)
-    planned = [record.planned_s for record in measured]
-    interval_s = (max(planned) - min(planned)) / max(1, len(planned) - 1)
-    return min(planned), max(planned) + interval_s
+    planned = sorted(record.planned_s for record in measured)
+    ends = [record.end_s for record in measured if record.outcome == "ok"]
+    if len(planned) < 2 or not ends:
+        return 0, 0
+    end_s = planned[-1] + (planned[-1] - planned[0]) / (len(planned) - 1)
+    return min(end_s, max(min(ends), planned[1])), end_s
+
+
+def requests_within(records: Sequence[RequestRecord], start_s: float, end_s: float) -> float:
+    """Requests that the server worked off between two instants, whoever started them, each by the share of its time inside.
+
+    A cancelled request is taken to need the median time of the others.
+    """
+    ok = [record for record in records if record.outcome == "ok" and record.e2e_ms]
+    usual_s = float(np.median([record.end_s - record.sent_s for record in ok])) if ok else 0
+    done = 0.0
+    for record in records:
+        if record.outcome not in ("ok", "cancelled"):
+            continue
+        took_s = usual_s if record.outcome == "cancelled" else record.end_s - record.sent_s
+        inside_s = min(end_s, record.sent_s + took_s) - max(start_s, record.sent_s)
+        if took_s > 0 and inside_s > 0:
+            done += inside_s / took_s
+    return done
 
 
 def tokens_within(records: Sequence[RequestRecord], start_s: float, end_s: float) -> tuple[float, float]:

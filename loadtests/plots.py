@@ -9,14 +9,17 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
 
+from loadtests.grids import shown_length
 from loadtests.records import CellResult, RequestRecord, RunResult
-from loadtests.units import short_count, short_ms
+from loadtests.units import short_bytes, short_count, short_length, short_ms
 
 # Colours that matplotlib writes and that are then replaced; any that occur nowhere else would do.
 _INK, _FAINT, _GRID = "#0a0b0c", "#1a1b1c", "#2a2b2c"
 _SERIES = tuple(f"#a{index}b{index}c{index}" for index in range(8))
 _VARIABLES = {_INK: "--ink", _FAINT: "--faint", _GRID: "--grid"} | {c: f"--s{i}" for i, c in enumerate(_SERIES)}
 _MARKERS = "osD^vPX*"
+# The full cache last: what is under its line fits.
+_KV_SHARES = {0.25: ":", 0.5: "--", 1.0: "-"}
 _STYLE: Any = {
     "svg.fonttype": "none", "svg.hashsalt": "ard", "font.size": 10, "axes.edgecolor": _FAINT, "axes.labelcolor": _INK,
     "text.color": _INK, "xtick.color": _FAINT, "ytick.color": _FAINT, "xtick.labelcolor": _INK, "ytick.labelcolor": _INK,
@@ -87,7 +90,7 @@ def curves_by_concurrency(result: RunResult, figure: str, label: str, unit: Call
     def draw(axes: Axes) -> None:
         for index, length in enumerate(sorted({cell.length for cell in cells})[-len(_SERIES) :]):
             row = [(cell.concurrency or 1, value) for cell in cells if cell.length == length and (value := _get(cell, figure))]
-            axes.plot(*_pairs(row), color=_SERIES[index], marker=_MARKERS[index], label=f"{short_count(length)} tokens")
+            axes.plot(*_pairs(row), color=_SERIES[index], marker=_MARKERS[index], label=shown_length(length))
         _log_axes(axes, _loads(cells), unit, log)
         axes.set(xlabel="concurrency", ylabel=label)
         if not log:
@@ -123,8 +126,8 @@ def kv_predicted_and_observed(result: RunResult) -> str:
     return _svg(draw, "Predicted and observed KV cache use")
 
 
-def memory_ceiling(result: RunResult) -> str:
-    """The frontier of length and concurrency that the KV cache holds, with the cells that were run."""
+def memory_surface(result: RunResult) -> str:
+    """What length and concurrency together take of the KV cache, as lines of equal use, with the cells that were run."""
     pool = result.kv.get("pool_tokens")
     cells = _closed(result)
     if not pool or not cells:
@@ -134,18 +137,25 @@ def memory_ceiling(result: RunResult) -> str:
         tokens = result.settings["output_tokens"]
         low, high = min(cell.length for cell in cells) / 1.4, max(cell.length for cell in cells) * 1.4
         lengths = [low * (high / low) ** (step / 60) for step in range(61)]
-        edge = [pool / (length + tokens) for length in lengths]
-        axes.fill_between(lengths, edge, [0.7] * len(lengths), color=_SERIES[0], alpha=0.12, linewidth=0)
-        axes.plot(lengths, edge, color=_SERIES[0], label="all of the KV cache")
+        for share, line in _KV_SHARES.items():
+            held = [share * pool / (length + tokens) for length in lengths]
+            axes.plot(lengths, held, line, color=_SERIES[0], linewidth=1.4, label=_kv_label(result, share))
+        axes.fill_between(lengths, held, [0.7] * len(lengths), color=_SERIES[0], alpha=0.12, linewidth=0)
         for preempted, index, label in ((False, 2, "ran without preemption"), (True, 3, "preempted")):
             chosen = [(c.length, c.concurrency or 1) for c in cells if bool(c.memory.preemptions) == preempted]
             if chosen:
                 axes.plot(*_pairs(chosen), linestyle="", color=_SERIES[index], marker=_MARKERS[index], label=label)
         _log_axes(axes, [cell.length for cell in cells], lambda value: f"{value:g}")
         axes.set(xlabel="prompt tokens", ylabel="requests at once", xlim=(low, high), ylim=(0.7, None))
-        axes.legend(loc="upper right")
+        axes.legend(loc="upper right", fontsize=9)
 
     return _svg(draw, "What the KV cache holds")
+
+
+def _kv_label(result: RunResult, share: float) -> str:
+    per_token = result.kv.get("bytes_per_token")
+    size = f", {short_bytes(share * result.kv['pool_tokens'] * per_token)}" if per_token else ""
+    return f"{share:.0%} of the KV cache{size}"
 
 
 def latency_over_time(result: RunResult) -> str:
@@ -162,7 +172,7 @@ def latency_over_time(result: RunResult) -> str:
 
     def draw(axes: Axes) -> None:
         for index, (length, records) in enumerate(groups):
-            label = f"{short_count(length)} tokens" if length else "traced"
+            label = shown_length(length)
             axes.plot(*_pairs((r.sent_s, r.ttft_ms or 0) for r in records), linestyle="", marker=_MARKERS[index],
                       color=_SERIES[index], label=label, markersize=4.5, alpha=0.85)  # fmt: skip
         axes.set_yscale("log")
@@ -197,7 +207,7 @@ def _log_axes(axes: Axes, ticks: Sequence[float], y_unit: Callable[[float], str]
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_locator(FixedLocator(sorted(set(ticks))))
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short_count(value)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short_length(round(value))))
     if log_y:
         axes.set_yscale("log")
     _format(axes.yaxis, y_unit)
@@ -211,7 +221,9 @@ def _format(axis: Any, unit: Callable[[float], str]) -> None:
 
 
 def _legend_above(axes: Axes) -> None:
-    axes.legend(ncols=4, loc="lower left", bbox_to_anchor=(-0.02, 1.0))
+    """One row over the picture: its eight series at most have short names."""
+    axes.legend(title="prompt tokens", ncols=len(_SERIES), loc="lower left", bbox_to_anchor=(-0.05, 0.98), fontsize=9,
+                title_fontsize=9, alignment="left", columnspacing=0.9, handlelength=1.2, handletextpad=0.3)  # fmt: skip
 
 
 def _svg(draw: Callable[[Axes], None], title: str, legend_above: bool = False) -> str:
@@ -219,7 +231,7 @@ def _svg(draw: Callable[[Axes], None], title: str, legend_above: bool = False) -
         figure = Figure(figsize=(6.4, 3.9))
         figure.patch.set_alpha(0)
         # Fixed margins: matplotlib's layout engines take as long as all the drawing.
-        axes = figure.add_axes((0.125, 0.135, 0.865, 0.76 if legend_above else 0.845))
+        axes = figure.add_axes((0.125, 0.135, 0.845, 0.74 if legend_above else 0.845))
         axes.patch.set_alpha(0)
         draw(axes)
         out = io.StringIO()

@@ -2,20 +2,20 @@
 
 import json
 
-from loadtests import plots
+from loadtests import capacity, plots
 from loadtests.grids import grid, percentile, shown_length
 from loadtests.metrics import accuracy
 from loadtests.output import SUMMARY_HEADER, summary_row
 from loadtests.page import Shade, card, facts, heat, page, rows, text, tile
 from loadtests.records import CellResult, Distribution, RunResult
-from loadtests.units import short_bytes, short_count, short_ms, short_number
+from loadtests.units import short_bytes, short_length, short_ms, short_number
 
 
 def render(result: RunResult) -> str:
     """The report as one self-contained HTML document."""
     title = f"Load test of {result.server.get('model', 'a server')}"
     sections = [_head(title, result), _tiles(result), _alarms(result), _maps(result), _curves(result), _answers(result),
-                _memory(result), _limits(result), _all_figures(result), _conditions(result)]  # fmt: skip
+                capacity.memory(result), capacity.limits(result), _all_figures(result), _conditions(result)]  # fmt: skip
     return page(title, [section for section in sections if section])
 
 
@@ -45,7 +45,7 @@ def _tiles(result: RunResult) -> str:
     tiles = [tile(short_ms(calm.ttft_ms.p50), f"to the first token, median, {asked}, {_load(calm)}")]
     if calm is not shortest:
         ratio, times = calm.ttft_ms.p50 / shortest.ttft_ms.p50, calm.length / shortest.length
-        tiles.append(tile(f"× {ratio:.3g}", f"what × {times:.3g} the length costs, against {short_count(shortest.length)}"))
+        tiles.append(tile(f"× {ratio:.3g}", f"what × {times:.3g} the length costs, against {short_length(shortest.length)}"))
     if calm.itl_ms:
         tiles.append(tile(short_ms(calm.itl_ms.p50), f"between tokens, median, {asked}, {_load(calm)}"))
     busiest = max(cells, key=lambda cell: cell.rate or 0)
@@ -61,7 +61,7 @@ def _tiles(result: RunResult) -> str:
         tiles.append(tile(f"{right.right} of {right.n}", f"hidden numbers found ({right.low:.0%} to {right.high:.0%} at 95%)"))
     if lengths := result.kv.get("lengths"):
         longest = max(lengths, key=int)
-        tiles.append(tile(str(lengths[longest]["fits"]), f"prompts of {short_count(int(longest))} fit the KV cache at once"))
+        tiles.append(tile(str(lengths[longest]["fits"]), f"prompts of {short_length(int(longest))} fit the KV cache at once"))
     return f'<div class="tiles">{"".join(tiles)}</div>'
 
 
@@ -110,7 +110,8 @@ def _curves(result: RunResult) -> str:
         card("Time to first token against length", plots.ttft_by_length(result), law),
         card("Time to first token of each traced request", plots.ttft_of_trace(result)),
         card("Output tokens per second against concurrency",
-             plots.curves_by_concurrency(result, "output_tokens_per_s", "output tokens/s", lambda v: f"{v:g}", False)),
+             plots.curves_by_concurrency(result, "output_tokens_per_s", "output tokens/s", lambda v: f"{v:g}", False),
+             _throughput_law(result)),
         card("Time between tokens, 99th percentile",
              plots.curves_by_concurrency(result, "itl_ms.p99", "time between tokens", short_ms, True),
              "High where long prompts are worked off between the tokens of others."),
@@ -118,6 +119,19 @@ def _curves(result: RunResult) -> str:
     ]  # fmt: skip
     shown = "".join(pictures)
     return f'<h2>Curves</h2><div class="cards">{shown}</div>' if shown else ""
+
+
+def _throughput_law(result: RunResult) -> str:
+    """What the fitted limit says, for the shortest and the longest prompts that have one."""
+    fits = result.fits.get("throughput") or []
+    told = []
+    for fit in [*fits[:1], *fits[1:][-1:]]:
+        high = short_number(fit["high"]) if fit["high"] else "no bound"
+        told.append(
+            f"{short_length(fit['length'])} prompts: at most {short_number(fit['limit_tokens_per_s'])} tokens/s "
+            f"({short_number(fit['low'])} to {high} at 95%), half of that at {short_number(fit['half_at'])} at once"
+        )
+    return f"A step that serves C requests takes a + b C. {'; '.join(told)}." if told else ""
 
 
 def _answers(result: RunResult) -> str:
@@ -130,7 +144,9 @@ def _answers(result: RunResult) -> str:
         "Each timed request hides a six-digit number in its text and asks for it at the end; the first number of the answer "
         "must be it. The same tasks are asked at every load, so that an answer lost under load is seen as such."
     )
-    return f'<h2>Right answers under load</h2><p>{intro}</p><div class="cards">{loads}{_by_depth(result)}</div>'
+    note = "How far each figure can be trusted is under All figures: ten right of ten leave room for 28% of wrong ones."
+    shown = f'<div class="cards">{loads}{_by_depth(result)}</div>'
+    return f"<h2>Right answers under load</h2><p>{intro} {note}</p>{shown}"
 
 
 def _by_depth(result: RunResult) -> str:
@@ -142,70 +158,10 @@ def _by_depth(result: RunResult) -> str:
             for at, one in enumerate(cell.accuracy_by_depth if cell.length == length else []):
                 if one is not None:
                     found[at] = [found[at][0] + one.right, found[at][1] + one.n]
-        body.append((short_count(length), [(f"{right}/{n}", right / n) if n else ("–", None) for right, n in found]))
+        body.append((short_length(length), [(f"{right}/{n}", right / n) if n else ("–", None) for right, n in found]))
     columns = [f"{100 * at / strata:.0f}–{(at + 1) / strata:.0%}" for at in range(strata)]
     table = heat("length \\ depth", columns, body, "gain") if body else ""
     return card("Right answers by length and depth", table, "0% is the start of the prompt, 100% its end; all loads together.")
-
-
-def _memory(result: RunResult) -> str:
-    kv = result.kv
-    pairs: list[tuple[str, object]] = []
-    if "bytes_per_token" in kv:
-        pairs.append(("KV bytes per token, from config.json", f"{kv['bytes_per_token']:,} ({kv['kind']} attention)"))
-    if "reported_bytes_per_token" in kv:
-        pairs.append(("KV bytes per token, reported by the engine", f"{kv['reported_bytes_per_token']:,.1f}"))
-    if "pool_tokens" in kv:
-        pairs.append(("tokens that the KV cache holds", f"{kv['pool_tokens']:,}"))
-    peaks = [cell.memory.server_rss_bytes for cell in result.cells if cell.memory.server_rss_bytes]
-    if peaks:
-        pairs.append(("server's process tree, peak resident memory", short_bytes(max(peaks))))
-    if gpu := [cell.memory.gpu_bytes for cell in result.cells if cell.memory.gpu_bytes]:
-        pairs.append(("GPU memory in use, peak", short_bytes(max(gpu))))
-    lengths = kv.get("lengths", {})
-    header = ("length", "fit at once", "preemption predicted at", "preemption seen at", "largest load without")
-    body = [
-        [short_count(int(length)), *("–" if row[key] is None else str(row[key]) for key in
-         ("fits", "predicted_preemption_at", "observed_preemption_at", "largest_without"))]
-        for length, row in lengths.items()
-    ]  # fmt: skip
-    ceiling = (
-        "Below the line all requests hold their whole context at once. Above it some wait until others end, or, where their "
-        "outputs outgrow the cache, are preempted: the engine throws a context away and computes it again."
-    )
-    needed, used = (
-        grid(title, result.cells, pick, lambda value: f"{value:.0%}", "cost", share=True)
-        for title, pick in (
-            ("KV cache needed by length and load, predicted", lambda cell: cell.memory.predicted_kv),
-            ("KV cache used by length and load, observed", lambda cell: cell.memory.observed_kv),
-        )
-    )
-    parts = [
-        needed,
-        used,
-        card("What fits", plots.memory_ceiling(result), ceiling),
-        card("Predicted and observed use", plots.kv_predicted_and_observed(result)),
-        card("Requests that fit, by length", rows(header, body) if body else ""),
-        card("Figures", facts(pairs) if pairs else ""),
-    ]
-    shown = "".join(parts)
-    return f'<h2>Memory</h2><div class="cards">{shown}</div>' if shown else ""
-
-
-def _limits(result: RunResult) -> str:
-    limits = result.fits.get("limits")
-    if not limits:
-        return ""
-    settings = result.settings
-    asked = [
-        f"first token within {short_ms(settings['ttft_limit_ms'])}" if settings["ttft_limit_ms"] else "",
-        f"at most {short_ms(settings['itl_limit_ms'])} per token" if settings["itl_limit_ms"] else "",
-        f"at least {settings['accuracy_limit']:.0%} right" if settings["accuracy_limit"] else "",
-    ]
-    body = [[short_count(int(length)), str(c) if c else "none"] for length, c in limits["by_length"].items()]
-    intro = f"For nine requests of ten: {', '.join(part for part in asked if part)}."
-    table = rows(("length", "largest concurrency within the limits"), body)
-    return f'<h2>What fits your limits</h2><p>{text(intro)}</p><div class="cards">{card("", table)}</div>'
 
 
 def _all_figures(result: RunResult) -> str:
@@ -217,13 +173,15 @@ def _all_figures(result: RunResult) -> str:
                 spread.append([cell.cell, name, *_spread(values)])
     summary = rows(SUMMARY_HEADER, [summary_row(cell) for cell in result.cells])
     detail = rows(("cell", "latency", "n", "mean", "p50", "p90", "p99", "max"), spread)
-    outcomes = rows(
-        ("cell", "outcomes"), [[c.cell, ", ".join(f"{n} {k}" for k, n in c.outcomes.items())] for c in result.cells]
+    outcomes = facts([(c.cell, ", ".join(f"{n} {k}" for k, n in c.outcomes.items())) for c in result.cells])
+    graded = [[c.cell, str(c.accuracy.n), str(c.accuracy.right), f"{c.accuracy.rate:.0%}", f"{c.accuracy.low:.0%} to "
+               f"{c.accuracy.high:.0%}"] for c in result.cells if c.accuracy]  # fmt: skip
+    right = rows(("cell", "asked", "right", "share", "95% interval"), graded)
+    folded = {"Percentiles of every latency": detail, "Right answers": right if graded else "", "Outcomes": outcomes}
+    boxes = "".join(
+        f'<p></p><details class="card"><summary>{name}</summary>{table}</details>' for name, table in folded.items() if table
     )
-    return (
-        f'<h2>All figures</h2><div class="card">{summary}</div><p></p><details class="card"><summary>Percentiles of every '
-        f'latency</summary>{detail}</details><p></p><details class="card"><summary>Outcomes</summary>{outcomes}</details>'
-    )
+    return f'<h2>All figures</h2><div class="card">{summary}</div>{boxes}'
 
 
 def _spread(values: Distribution) -> list[str]:

@@ -38,6 +38,8 @@ from loadtests.units import short_ms, short_number
 log = logging.getLogger(__name__)
 
 _BIAS_LIMIT = 0.1
+# At what the client is checked where the plan does not say how much will be in flight, or how long.
+_OPEN_LOOP_STREAMS, _TRACED_TOKENS = 32, 1024
 # What a terminal of 80 columns has room for.
 _SHOWN = tuple(map(SUMMARY_HEADER.index, ("length", "load", "TTFT p50", "TTFT p99", "ITL p99", "tok/s", "right", "KV")))
 
@@ -150,9 +152,9 @@ class _LoadTest:
         return engine, await engine.probe()
 
     async def _check_client(self, follow: Stream) -> None:
-        top = max((cell.concurrency or 1 for cell in self._cells), default=1)
-        longest = max((cell.length for cell in self._cells), default=1)
-        bias = await measure_bias(top, max(1, min(longest, 8192)), min(self._config.output_tokens, 128), follow=follow)
+        top = max(cell.concurrency or _OPEN_LOOP_STREAMS for cell in self._cells)
+        longest = min(max(cell.length or _TRACED_TOKENS for cell in self._cells), 8192)
+        bias = await measure_bias(top, longest, min(self._config.output_tokens, 128), follow=follow)
         self.result.client = bias.model_dump()
         if bias.ttft_added_p50_ms > _BIAS_LIMIT * bias.true_ttft_ms:
             log.warning(
@@ -202,6 +204,9 @@ def _show(result: RunResult, folder: Path) -> None:
     header = [SUMMARY_HEADER[at] for at in _SHOWN]
     rows = [[row[at] for at in _SHOWN] for row in map(summary_row, result.cells)]
     console.print_table(f"Load test of {result.server['model']}: {result.status}", header, rows)
+    if limits := result.fits.get("limits"):
+        fitting = [f"{length} tokens: {most or 'none'}" for length, most in limits["by_length"].items()]
+        console.err.print(f"requests at once within the limits: {', '.join(fitting)}", highlight=False, soft_wrap=True)
     for alarm in result.alarms:
         console.err.print(f"alarm: {alarm}", style="red", highlight=False)
     page = folder / "report.html" if result.settings["report"] else folder / "summary.md"
@@ -210,7 +215,7 @@ def _show(result: RunResult, folder: Path) -> None:
 
 def _cost(cell: Cell) -> float:
     """Rough work of one request, so that the time left follows the tokens and not the requests; a trace has no length."""
-    return (cell.length or 1024) + 16 * cell.output_tokens
+    return (cell.length or _TRACED_TOKENS) + 16 * cell.output_tokens
 
 
 def _work(cell: Cell, config: LoadConfig) -> float:

@@ -29,7 +29,9 @@ class Cell:
         return f"{self.length}@{self.rate:g}" if self.rate is not None else "trace"
 
     def requests(self, config: LoadConfig) -> int:
-        """Measured requests of one repeat: enough to replace the whole first wave once."""
+        """Measured requests of one repeat: in a closed loop enough to replace the whole first wave once."""
+        if self.concurrency is None and self.rate is None:
+            return config.trace_requests
         return max(config.requests_per_cell, self.concurrency or 0)
 
 

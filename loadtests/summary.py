@@ -7,7 +7,15 @@ from typing import TypeVar
 
 from loadtests.config import LoadConfig
 from loadtests.memory import peak_use
-from loadtests.metrics import accuracy, by_depth, distribution, full_load_window, meets_limits, tokens_within
+from loadtests.metrics import (
+    accuracy,
+    by_depth,
+    distribution,
+    full_load_window,
+    meets_limits,
+    requests_within,
+    tokens_within,
+)
 from loadtests.records import CellMemory, CellResult, RequestRecord
 from loadtests.scenario import Cell
 from loadtests.target import Target
@@ -77,29 +85,32 @@ def summarise(run: CellRun, config: LoadConfig, target: Target) -> CellResult:
     if events := sum(record.events for record in ok):
         result.tokens_per_event = round(sum(record.output_tokens for record in ok) / events, 3)
     _add_rates(result, run, config)
+    if ok and not result.window_s:
+        result.flags.append("all requests had arrived before the first one ended: no throughput; use --requests-per-cell")
     _add_memory(result, run, target)
     return result
 
 
 def _add_rates(result: CellResult, run: CellRun, config: LoadConfig) -> None:
-    prompt = output = window_s = 0.0
+    prompt = output = requests = window_s = 0.0
     for repeat in sorted({record.repeat for record in run.records}):
         records = [record for record in run.records if record.repeat == repeat]
-        start_s, end_s = full_load_window(records, run.cell.concurrency is not None)
-        more_prompt, more_output = tokens_within(records, start_s, end_s)
+        window = start_s, end_s = full_load_window(records, run.cell.concurrency is not None)
+        more_prompt, more_output = tokens_within(records, *window)
         prompt, output, window_s = prompt + more_prompt, output + more_output, window_s + end_s - start_s
+        requests += requests_within(records, *window)
     measured = [record for record in run.records if record.role == "measured"]
     # Of a cell that was interrupted before any request ended, the window is an accident.
     if window_s <= 0 or all(record.outcome == "cancelled" for record in measured):
         return
-    # Requests that end in the window, whoever started them, are what the server completes at this load.
     result.window_s = round(window_s, 4)
     result.prompt_tokens_per_s = round(prompt / window_s, 2)
     result.output_tokens_per_s = round(output / window_s, 2)
+    # Those beside the measured ones are not graded against the limits: the measured ones stand for them.
     ok = sum(record.outcome == "ok" for record in measured)
     good = sum(meets_limits(record, config) for record in measured)
-    result.requests_per_s = round(ok / window_s, 4)
-    result.goodput_per_s = round(good / window_s, 4)
+    result.requests_per_s = round(requests / window_s, 4)
+    result.goodput_per_s = round(requests / window_s * good / ok, 4) if ok else 0.0
 
 
 def _add_memory(result: CellResult, run: CellRun, target: Target) -> None:

@@ -10,6 +10,11 @@ def short_count(value: float) -> str:
     return f"{value / 1024:.1f}K"
 
 
+def short_length(tokens: int) -> str:
+    """A prompt length: 8K where that is exact, else every digit, 16,352."""
+    return short_count(tokens) if tokens % 1024 == 0 else f"{tokens:,}"
+
+
 def short_number(value: float) -> str:
     """Three digits below a thousand, whole numbers from there on."""
     return f"{value:.3g}" if value < 999.5 else f"{value:,.0f}"

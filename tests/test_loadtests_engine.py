@@ -1,5 +1,8 @@
 """What engines print on /metrics, as captured from a running vLLM 0.32 and as SGLang and llama.cpp document theirs."""
 
+import json
+from pathlib import Path
+
 from loadtests.address import Address
 from loadtests.engine import parse
 from loadtests.kv_report import describe_kv
@@ -67,14 +70,26 @@ def test_other_engines_report_what_they_have() -> None:
     assert parse("<html>not found</html>").values == {}
 
 
+def result_of(labels: dict[str, str]) -> RunResult:
+    return RunResult(started_at="", command="", settings={"output_tokens": 1}, server={"cache": labels}, machine={})
+
+
+def test_prediction_follows_the_dtype_that_the_engine_keeps_its_cache_in(tmp_path: Path) -> None:
+    config = {"num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 64, "hidden_size": 576}
+    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    target = Target(Address("http", "127.0.0.1", 1, ""), "m", "/v1/completions", Words(), {}, model_dir=tmp_path)
+    for dtype, size in (("auto", 23_040), ("fp8_e4m3", 11_520)):
+        assert describe_kv(result_of({"cache_dtype": dtype}), target)["bytes_per_token"] == size
+    assert "KV dtype 'odd'" in describe_kv(result_of({"cache_dtype": "odd"}), target)["unknown"]
+
+
 def test_reported_bytes_per_token_are_left_out_after_a_block_override() -> None:
     target = Target(
         Address("http", "127.0.0.1", 1, ""), "m", "/v1/completions", Words(), {}, kv_tokens=727 * 128, block_tokens=128
     )
 
     def reported(labels: dict[str, str]) -> object:
-        result = RunResult(started_at="", command="", settings={"output_tokens": 1}, server={"cache": labels}, machine={})
-        return describe_kv(result, target).get("reported_bytes_per_token")
+        return describe_kv(result_of(labels), target).get("reported_bytes_per_token")
 
     labels = parse(VLLM).labels
     assert round(float(str(reported(labels))), 1) == 23_045.6

@@ -24,6 +24,13 @@ GPT_OSS_20B = {"num_hidden_layers": 24, "num_attention_heads": 64, "num_key_valu
 QWEN3_NEXT = {"num_hidden_layers": 48, "num_attention_heads": 16, "num_key_value_heads": 2, "head_dim": 256,
               "hidden_size": 2048, "layer_types": (["linear_attention"] * 3 + ["full_attention"]) * 12,
               "dtype": "bfloat16"}  # fmt: skip
+NEMOTRON_H_8B = {"num_hidden_layers": 52, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128,
+                 "hidden_size": 4096, "torch_dtype": "bfloat16",
+                 "hybrid_override_pattern": "M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M-"}  # fmt: skip
+JAMBA = {"num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "hidden_size": 4096,
+         "torch_dtype": "bfloat16", "attn_layer_period": 8, "attn_layer_offset": 4}  # fmt: skip
+GEMMA3_1B = {"num_hidden_layers": 26, "num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 256,
+             "hidden_size": 1152, "sliding_window": 512, "sliding_window_pattern": 6, "torch_dtype": "bfloat16"}  # fmt: skip
 SMOLLM2 = {"num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 64, "hidden_size": 576,
            "dtype": "bfloat16", "max_position_embeddings": 8192}  # fmt: skip
 
@@ -31,8 +38,9 @@ SMOLLM2 = {"num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_hea
 @pytest.mark.parametrize(
     ("config", "kind", "bytes_per_token"),
     [(LLAMA3_8B, "grouped-query", 131_072), (DEEPSEEK_V3, "latent", 70_272), (GPT_OSS_20B, "grouped-query", 49_152),
-     (QWEN3_NEXT, "hybrid", 24_576), (SMOLLM2, "grouped-query", 23_040)],
-    ids=["llama-3-8b", "deepseek-v3", "gpt-oss-20b", "qwen3-next", "smollm2-135m"],
+     (QWEN3_NEXT, "hybrid", 24_576), (SMOLLM2, "grouped-query", 23_040), (NEMOTRON_H_8B, "hybrid", 16_384),
+     (JAMBA, "hybrid", 16_384), (GEMMA3_1B, "grouped-query", 26_624)],
+    ids=["llama-3-8b", "deepseek-v3", "gpt-oss-20b", "qwen3-next", "smollm2-135m", "nemotron-h-8b", "jamba", "gemma-3-1b"],
 )  # fmt: skip
 def test_bytes_per_token(config: dict[str, Any], kind: str, bytes_per_token: int) -> None:
     shape = kv_shape(config)
@@ -49,6 +57,24 @@ def test_mistral_7b_with_a_window_on_every_layer() -> None:
     shape = kv_shape(LLAMA3_8B | {"sliding_window": 4096})
     assert shape.bytes_for(32_768) == 4096 * 131_072
     assert kv_shape(LLAMA3_8B | {"sliding_window": 4096, "use_sliding_window": False}).bytes_for(32_768) == 32_768 * 131_072
+
+
+def test_windows_that_a_pattern_places() -> None:
+    assert kv_shape(GEMMA3_1B).bytes_for(10_000) == 4 * 1024 * 10_000 + 22 * 1024 * 512
+    gemma2 = {key: value for key, value in GEMMA3_1B.items() if key != "sliding_window_pattern"} | {"model_type": "gemma2"}
+    assert kv_shape(gemma2).bytes_for(10_000) == 13 * 1024 * (10_000 + 512)
+
+
+def test_chunked_attention_holds_its_chunk_and_shared_layers_nothing() -> None:
+    chunked = LLAMA3_8B | {"layer_types": ["chunked_attention"] * 24 + ["full_attention"] * 8, "attention_chunk_size": 8192}
+    assert kv_shape(chunked).bytes_for(100_000) == 4096 * (24 * 8192 + 8 * 100_000)
+    assert kv_shape(LLAMA3_8B | {"num_kv_shared_layers": 12}).bytes_per_token == 20 * 4096
+
+
+def test_quantised_checkpoint_states_its_cache() -> None:
+    quantised = LLAMA3_8B | {"quantization_config": {"kv_cache_scheme": {"num_bits": 8, "type": "float"}}}
+    assert kv_shape(quantised).bytes_per_token == 65_536
+    assert kv_shape(quantised, "bfloat16").bytes_per_token == 131_072
 
 
 def test_fp8_halves_and_tensor_parallel_splits_heads_down_to_one() -> None:

@@ -5,13 +5,24 @@ import pytest
 
 from loadtests.address import Address
 from loadtests.config import LoadConfig
-from loadtests.fits import corruption_alarms, fit_ttft, mcnemar_p, what_fits
-from loadtests.metrics import accuracy, by_depth, distribution, full_load_window, meets_limits, tokens_within
+from loadtests.fits import corruption_alarms, mcnemar_p, what_fits
+from loadtests.laws import fit_throughput, fit_ttft
+from loadtests.metrics import (
+    accuracy,
+    by_depth,
+    distribution,
+    full_load_window,
+    meets_limits,
+    requests_within,
+    tokens_within,
+)
 from loadtests.prompts import Words
 from loadtests.records import Accuracy, CellResult, Distribution, RequestRecord
 from loadtests.scenario import Cell
 from loadtests.summary import CellRun, Readings, summarise
 from loadtests.target import Target
+
+TARGET = Target(Address("http", "127.0.0.1", 1, ""), "m", "/v1/completions", Words(), {})
 
 
 def record(**fields: object) -> RequestRecord:
@@ -24,15 +35,13 @@ def record(**fields: object) -> RequestRecord:
 @pytest.mark.parametrize(("cached", "refused"), [(10, False), (11, True)])
 def test_a_shared_bos_is_no_reason_to_refuse_a_cell(cached: int, refused: bool) -> None:
     run = CellRun(Cell(1000, 11, 1), [record()], Readings(cached_tokens=cached))
-    target = Target(Address("http", "127.0.0.1", 1, ""), "m", "/v1/completions", Words(), {})
-    assert bool(summarise(run, LoadConfig(url="http://127.0.0.1:1"), target).refused) is refused
+    assert bool(summarise(run, LoadConfig(url="http://127.0.0.1:1"), TARGET).refused) is refused
 
 
 @pytest.mark.parametrize(("outcome", "good_per_s"), [("ok", 0.5), ("rejected", 0.0), ("cancelled", None)])
 def test_rates_need_a_request_that_ended(outcome: str, good_per_s: float | None) -> None:
     run = CellRun(Cell(1000, 11, 1), [record(outcome=outcome)])
-    target = Target(Address("http", "127.0.0.1", 1, ""), "m", "/v1/completions", Words(), {})
-    assert summarise(run, LoadConfig(url="http://127.0.0.1:1"), target).goodput_per_s == good_per_s
+    assert summarise(run, LoadConfig(url="http://127.0.0.1:1"), TARGET).goodput_per_s == good_per_s
 
 
 def test_percentiles_are_pooled_and_carry_n() -> None:
@@ -73,8 +82,33 @@ def test_throughput_counts_every_stream_within_full_load_only() -> None:
     assert output == pytest.approx(11)
 
 
-def test_open_loop_counts_as_many_intervals_as_arrivals_and_no_drain() -> None:
-    assert full_load_window([record(planned_s=at_s, sent_s=at_s + 5) for at_s in (1.0, 2.0, 3.0)], closed=False) == (1.0, 4.0)
+def test_requests_beside_the_measured_ones_count_by_their_share_of_the_window() -> None:
+    # Three at a time, four measured: the second wave ends with two that were started to keep the load, one cut off half-way.
+    waves = [record(sent_s=at_s) for at_s in (0.0, 0.0, 0.0, 2.0)]
+    beside = [record(role="fill", sent_s=2.0), record(role="fill", sent_s=3.0, outcome="cancelled", ttft_ms=None, e2e_ms=None)]
+    window = full_load_window(waves + beside, closed=True)
+    assert window == (0.0, 4.0)
+    assert requests_within(waves + beside, *window) == pytest.approx(5.5)
+
+
+def open_loop(every_s: float, e2e_ms: float, requests: int = 10) -> list[RequestRecord]:
+    gaps_ms = [(e2e_ms - 100) / 10] * 10
+    return [record(planned_s=at * every_s, sent_s=at * every_s, ttft_ms=100.0, e2e_ms=e2e_ms, gaps_ms=gaps_ms)
+            for at in range(requests)]  # fmt: skip
+
+
+@pytest.mark.parametrize("e2e_ms", [500.0, 1000.0, 4500.0])
+def test_open_loop_rates_are_those_of_the_arrivals_however_long_each_takes(e2e_ms: float) -> None:
+    run = CellRun(Cell(1000, 11, rate=2.0), open_loop(0.5, e2e_ms, requests=40))
+    found = summarise(run, LoadConfig(url="http://127.0.0.1:1"), TARGET)
+    assert found.requests_per_s == pytest.approx(2, rel=0.03)
+    assert found.output_tokens_per_s == pytest.approx(22, rel=0.03)
+
+
+def test_open_loop_that_ends_before_its_first_answer_claims_no_throughput() -> None:
+    found = summarise(CellRun(Cell(1000, 11, rate=2.0), open_loop(0.5, 9000.0)), LoadConfig(url="http://127.0.0.1:1"), TARGET)
+    assert found.output_tokens_per_s is None
+    assert any("use --requests-per-cell" in flag for flag in found.flags)
 
 
 def test_tokens_of_packed_events_are_counted_as_the_server_counts_them() -> None:
@@ -112,6 +146,19 @@ def test_ttft_law_has_no_negative_term() -> None:
     assert min(fit.a_ms, fit.b_ms, fit.c_ms) >= 0
     assert fit.quadratic_from_tokens is None
     assert fit_ttft([1000, 1000, 2000], [1, 1, 2]) is None
+
+
+def test_throughput_limit_is_found_again() -> None:
+    loads = [1, 2, 4, 8, 16]
+    # A step of 10 ms, and 0.5 ms for each request in it: 2,000 tokens/s at most, half of that with 20 at once.
+    noise = [1.01, 0.99, 1.0, 1.01, 0.99]
+    fit = fit_throughput(1024, loads, [load / (0.010 + 0.0005 * load) * n for load, n in zip(loads, noise, strict=True)])
+    assert fit is not None
+    assert fit.low is not None
+    assert fit.high is not None
+    assert fit.low < 2000 < fit.high
+    assert fit.half_at == pytest.approx(20, rel=0.2)
+    assert fit_throughput(1024, [1, 2], [100, 150]) is None
 
 
 def cell(length: int, concurrency: int, ttft_ms: float = 100, rate: float = 1.0) -> CellResult:

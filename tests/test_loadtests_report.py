@@ -126,7 +126,29 @@ def test_prompts_of_about_one_length_are_one_series(result: RunResult) -> None:
     for number, record in enumerate(result.requests):
         record.prompt_tokens += number
     drawn = plots.latency_over_time(result)
-    assert [drawn.count(f"{name} tokens") for name in ("1K", "2K", "4K")] == [1, 1, 1]
+    assert [drawn.count(f">{name}</text>") for name in ("1K", "2K", "4K")] == [1, 1, 1]
+
+
+def test_limits_name_the_longest_and_what_was_the_most_tried(result: RunResult) -> None:
+    text = read(render(result)).text
+    assert "The longest: 4K with 1 at once." in text
+    config = LoadConfig(url="http://127.0.0.1:1", ttft_limit_ms=5000)
+    add_fits(result, config)
+    assert "8, the most tried" in read(render(result)).text
+
+
+def test_accuracy_carries_its_interval(result: RunResult) -> None:
+    # Seven right of eight.
+    assert "1024x18788%53% to 98%" in "".join(read(render(result)).text.split("\n"))
+
+
+def test_throughput_law_is_told(result: RunResult) -> None:
+    for load, rate in ((1, 95.0), (2, 182.0), (4, 333.0), (16, 889.0)):
+        result.cells.append(cell(512, load).model_copy(update={"output_tokens_per_s": rate}))
+    add_fits(result, LoadConfig(url="http://127.0.0.1:1"))
+    (fit,) = result.fits["throughput"]
+    assert round(fit["limit_tokens_per_s"], -1) == 2000
+    assert "512 prompts: at most" in read(render(result)).text
 
 
 def test_open_loop_leads_with_the_time_from_the_planned_arrival(result: RunResult) -> None:

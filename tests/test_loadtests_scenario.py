@@ -42,6 +42,13 @@ def test_fields_that_do_not_go_together_are_one_plain_line(fields: dict[str, obj
     assert str(raised.value) == says
 
 
+def test_cell_knows_how_many_requests_it_measures() -> None:
+    few = config(requests_per_cell=8, trace_requests=60)
+    assert [Cell(1024, 8, concurrency).requests(few) for concurrency in (1, 16)] == [8, 16]
+    assert Cell(1024, 8, rate=2.0).requests(few) == 8
+    assert Cell(0, 8).requests(few) == 60
+
+
 def test_short_window_is_one_length() -> None:
     assert {cell.length for cell in plan(config(output_tokens=64), 512, None, 16)} == {448}
 

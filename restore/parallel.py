@@ -54,9 +54,14 @@ class World:
 
     def any(self, here: bool, device: torch.device) -> bool:
         """Whether it holds in any process."""
-        flag = torch.tensor([float(here)], device=device)
-        self.add_up([flag])
-        return bool(flag.item() > 0)
+        return self.most(float(here), device) > 0
+
+    def most(self, here: float, device: torch.device) -> float:
+        """The greatest of every process's number."""
+        value = torch.tensor([here], dtype=torch.float64, device=device)
+        if self.size > 1:
+            distributed.all_reduce(value, distributed.ReduceOp.MAX)
+        return float(value)
 
 
 ALONE = World()

@@ -30,14 +30,14 @@ class TtftFit(Record):
 class ThroughputFit(Record):
     """A step that serves C requests takes a + b C, so that tokens per second rise towards `limit_tokens_per_s` = 1 / b.
 
-    `half_at` is the concurrency that reaches half of it; `low` and `high` are the limit's 95% interval, None where open.
+    `half_at` is the concurrency that reaches half of it; `low` and `high` are the limit's 95% interval.
     """
 
     length: int
     cells: int
     limit_tokens_per_s: float
-    low: float | None
-    high: float | None
+    low: float
+    high: float
     half_at: float
 
 
@@ -74,20 +74,20 @@ def fit_ttft(lengths: Sequence[float], ttft_ms: Sequence[float], concurrency: in
 
 
 def fit_throughput(length: int, concurrencies: Sequence[float], tokens_per_s: Sequence[float]) -> ThroughputFit | None:
-    """Least squares on relative errors; None for fewer than three loads, or where more load still costs nothing."""
+    """Least squares on relative errors; None for fewer than three loads, or where no limit shows yet."""
     if len(concurrencies) < 3 or min(tokens_per_s) <= 0:
         return None
     load, step_s = np.asarray(concurrencies, dtype=float), np.asarray(concurrencies) / np.asarray(tokens_per_s)
     design = np.stack([np.ones_like(load), load], axis=1) / step_s[:, None]
     (a, b), *_ = np.linalg.lstsq(design, np.ones_like(load), rcond=None)
-    if b <= 0:
-        return None
     residual = design @ np.array([a, b]) - 1
     variance = float(residual @ residual) / (len(load) - 2)
     half = _t_95(len(load) - 2) * float(np.sqrt(variance * np.linalg.inv(design.T @ design)[1, 1]))
+    if b <= half:
+        return None
     return ThroughputFit(
-        length=length, cells=len(load), limit_tokens_per_s=float(1 / b), low=float(1 / (b + half)),
-        high=float(1 / (b - half)) if b > half else None, half_at=max(0.0, float(a / b)),
+        length=length, cells=len(load), limit_tokens_per_s=float(1 / b), low=float(1 / (b + half)), high=float(1 / (b - half)),
+        half_at=max(0.0, float(a / b)),
     )  # fmt: skip
 
 

@@ -124,13 +124,12 @@ def _curves(result: RunResult) -> str:
 def _throughput_law(result: RunResult) -> str:
     """What the fitted limit says, for the shortest and the longest prompts that have one."""
     fits = result.fits.get("throughput") or []
-    told = []
-    for fit in [*fits[:1], *fits[1:][-1:]]:
-        high = short_number(fit["high"]) if fit["high"] else "no bound"
-        told.append(
-            f"{short_length(fit['length'])} prompts: at most {short_number(fit['limit_tokens_per_s'])} tokens/s "
-            f"({short_number(fit['low'])} to {high} at 95%), half of that at {short_number(fit['half_at'])} at once"
-        )
+    told = [
+        f"{short_length(fit['length'])} prompts: at most {short_number(fit['limit_tokens_per_s'])} tokens/s "
+        f"({short_number(fit['low'])} to {short_number(fit['high'])} at 95%), half of that with "
+        f"{short_number(fit['half_at'])} at once"
+        for fit in [*fits[:1], *fits[1:][-1:]]
+    ]
     return f"A step that serves C requests takes a + b C. {'; '.join(told)}." if told else ""
 
 

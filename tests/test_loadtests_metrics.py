@@ -154,11 +154,10 @@ def test_throughput_limit_is_found_again() -> None:
     noise = [1.01, 0.99, 1.0, 1.01, 0.99]
     fit = fit_throughput(1024, loads, [load / (0.010 + 0.0005 * load) * n for load, n in zip(loads, noise, strict=True)])
     assert fit is not None
-    assert fit.low is not None
-    assert fit.high is not None
     assert fit.low < 2000 < fit.high
     assert fit.half_at == pytest.approx(20, rel=0.2)
     assert fit_throughput(1024, [1, 2], [100, 150]) is None
+    assert fit_throughput(1024, loads, [91.0 * load * n for load, n in zip(loads, noise, strict=True)]) is None, "no limit yet"
 
 
 def cell(length: int, concurrency: int, ttft_ms: float = 100, rate: float = 1.0) -> CellResult:

@@ -1,21 +1,24 @@
-"""What learns: low-rank adapters, or full-rank deltas, on the attention projections of every layer.
+"""What learns: low-rank adapters through peft, or full-rank deltas, on the attention projections of every layer.
 
 Both add to a frozen base projection and are switched off exactly: the base's output is then returned untouched.
-They keep their parameters in fp32 and multiply in the dtype of what they read. Written here because the step runs them
-hundreds of times: peft's layer asks a dozen questions and makes two more passes over its output each time.
+They keep their parameters in fp32 and multiply in the dtype of what they read. A step runs them hundreds of times, so peft's
+layer gets a forward without its many cases and with two passes over the output fewer.
 """
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners import lora
 from torch import Tensor, nn
 from torch.nn.functional import linear
 from transformers import PreTrainedModel
 
 from restore.config import RestoreConfig
+
+_NAME = "default"
 
 
 @dataclass
@@ -26,19 +29,14 @@ class Switch:
 
 
 class Adapter(nn.Module):
-    """A frozen linear layer plus what is learnt."""
+    """A frozen linear layer, `base_layer`, plus what is learnt."""
 
-    def __init__(self, base: nn.Linear, switch: Switch) -> None:
-        super().__init__()
-        self.base = base
-        self._switch = switch
+    base_layer: nn.Module
+    switch: Switch
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self._switch.on:
-            unchanged: Tensor = self.base(x)
-            return unchanged
-        rows_NI = x.reshape(-1, x.shape[-1])
-        return self.add(self.base(rows_NI), rows_NI).view(*x.shape[:-1], -1)
+        output: Tensor = self.base_layer(x if not self.switch.on else x.reshape(-1, x.shape[-1]))
+        return self.add(output, x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], -1) if self.switch.on else output
 
     def add(self, output_NO: Tensor, rows_NI: Tensor) -> Tensor:
         """`output_NO` plus what is learnt about `rows_NI`, in place."""
@@ -48,33 +46,40 @@ class Adapter(nn.Module):
         """What is added to the base's weight: [out, in] fp32."""
         raise NotImplementedError
 
+    def learnt(self) -> dict[str, nn.Parameter]:
+        """The trainable parameters by their names."""
+        raise NotImplementedError
 
-class LoraLinear(Adapter):
-    """Adds scale * B A (Hu et al., arXiv 2106.09685): A [rank, in] starts uniform as in peft, B [out, rank] at zero."""
 
-    def __init__(self, base: nn.Linear, switch: Switch, rank: int, scale: float, generator: torch.Generator) -> None:
-        super().__init__(base, switch)
-        self.scale = scale
-        bound = 1 / math.sqrt(base.in_features)
-        device = base.weight.device
-        # Drawn on the CPU, so that a seed gives the same adapters on every device.
-        start = torch.empty(rank, base.in_features, device="cpu").uniform_(-bound, bound, generator=generator)
-        self.lora_A = nn.Parameter(start.to(device))
-        self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, device=device))
+class LoraLinear(Adapter, lora.Linear):
+    """peft's LoRA layer (Hu et al., arXiv 2106.09685): adds scaling * B A, with A [rank, in], and B [out, rank] at zero."""
 
     def add(self, output_NO: Tensor, rows_NI: Tensor) -> Tensor:
-        low_NR = linear(rows_NI, self.lora_A.to(rows_NI.dtype))
-        return output_NO.addmm_(low_NR, self.lora_B.to(rows_NI.dtype).T, alpha=self.scale)
+        down, up = self._factors()
+        low_NR = linear(rows_NI, down.to(rows_NI.dtype))
+        return output_NO.addmm_(low_NR, up.to(rows_NI.dtype).T, alpha=self.scaling[_NAME])
 
     def change(self) -> Tensor:
-        return self.scale * (self.lora_B @ self.lora_A)
+        delta: Tensor = self.get_delta_weight(_NAME)
+        return delta
+
+    def learnt(self) -> dict[str, nn.Parameter]:
+        down, up = self._factors()
+        return {"lora_A": down, "lora_B": up}
+
+    def _factors(self) -> tuple[nn.Parameter, nn.Parameter]:
+        down, up = self.lora_A[_NAME].weight, self.lora_B[_NAME].weight
+        assert isinstance(down, nn.Parameter), "peft keeps its factors in linear layers"
+        assert isinstance(up, nn.Parameter), "peft keeps its factors in linear layers"
+        return down, up
 
 
 class DeltaLinear(Adapter):
     """Adds a full-rank delta, kept and multiplied apart from the weight: added to it in bf16, small updates round away."""
 
-    def __init__(self, base: nn.Linear, switch: Switch) -> None:
-        super().__init__(base, switch)
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base_layer = base
         self.delta = nn.Parameter(torch.zeros_like(base.weight, dtype=torch.float32))
 
     def add(self, output_NO: Tensor, rows_NI: Tensor) -> Tensor:
@@ -83,6 +88,9 @@ class DeltaLinear(Adapter):
     def change(self) -> Tensor:
         return self.delta
 
+    def learnt(self) -> dict[str, nn.Parameter]:
+        return {"delta": self.delta}
+
 
 class Adapters:
     """Every adapter of a model, by the name of the weight it changes."""
@@ -90,24 +98,20 @@ class Adapters:
     def __init__(self, model: PreTrainedModel, config: RestoreConfig) -> None:
         """Freeze the model and attach fresh adapters, which change nothing yet (their output is exactly zero)."""
         model.requires_grad_(False)
+        if config.trainable == "lora":
+            _inject_lora(model, config)
+        else:
+            _inject_deltas(model, config)
         self._switch = Switch()
         self._by_weight: dict[str, Adapter] = {}
-        self._by_layer: list[list[nn.Parameter]] = []
-        generator = torch.Generator().manual_seed(config.seed)
-        for number, layer in enumerate(model.model.layers):
-            made = {target: self._attach(layer.self_attn, target, config, generator) for target in config.targets}
-            self._by_weight |= {f"model.layers.{number}.self_attn.{target}.weight": made[target] for target in made}
-            self._by_layer.append([own for module in made.values() for own in module.parameters(recurse=False)])
-
-    def _attach(self, attention: nn.Module, target: str, config: RestoreConfig, generator: torch.Generator) -> Adapter:
-        base = getattr(attention, target)
-        if config.trainable == "lora":
-            alpha = config.alpha if config.alpha is not None else 2 * config.rank
-            adapter: Adapter = LoraLinear(base, self._switch, config.rank, alpha / config.rank, generator)
-        else:
-            adapter = DeltaLinear(base, self._switch)
-        setattr(attention, target, adapter)
-        return adapter
+        for name, module in model.named_modules():
+            if isinstance(module, Adapter):
+                module.switch = self._switch
+                self._by_weight[f"{name}.weight"] = module
+        self._by_layer = [
+            [parameter for module in layer.modules() if isinstance(module, Adapter) for parameter in module.learnt().values()]
+            for layer in model.model.layers
+        ]
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
@@ -130,7 +134,7 @@ class Adapters:
         return {
             f"{weight.removesuffix('.weight')}.{name}": parameter
             for weight, adapter in self._by_weight.items()
-            for name, parameter in adapter.named_parameters(recurse=False)
+            for name, parameter in adapter.learnt().items()
         }
 
     @torch.no_grad()
@@ -146,3 +150,23 @@ class Adapters:
         """What the adapter adds to the weight `weight_name`: [out, in] fp32, or None where nothing learns."""
         adapter = self._by_weight.get(weight_name)
         return None if adapter is None else adapter.change()
+
+
+def _inject_lora(model: PreTrainedModel, config: RestoreConfig) -> None:
+    alpha = config.alpha if config.alpha is not None else 2 * config.rank
+    wanted = LoraConfig(r=config.rank, lora_alpha=alpha, target_modules=list(config.targets))
+    wanted._register_custom_module({nn.Linear: LoraLinear})
+    # peft draws on the CPU, so that a seed gives the same adapters on every device.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        inject_adapter_in_model(wanted, model, _NAME)
+    for module in model.modules():
+        if isinstance(module, LoraLinear):
+            for parameter in module.learnt().values():
+                parameter.data = parameter.data.float()
+
+
+def _inject_deltas(model: PreTrainedModel, config: RestoreConfig) -> None:
+    for layer in model.model.layers:
+        for target in config.targets:
+            setattr(layer.self_attn, target, DeltaLinear(getattr(layer.self_attn, target)))

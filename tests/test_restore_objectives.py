@@ -118,10 +118,10 @@ def test_with_jumps_relations_are_compared_within_chunks_and_logits_everywhere(p
     jumped = Jumps(positions_BT, torch.tensor(chunks, dtype=torch.int32))
     _, parts, _ = losses.distil(IDS, jumped)
     cut = [(rows(*grouped(*t), chunks), rows(*grouped(*s), chunks)) for t, s in zip(teacher, student, strict=True)]
-    assert float(parts["attention"]) == pytest.approx(float(sum(kl(t, s) for t, s in cut)) / 2, rel=1e-4)
+    assert parts["attention"].item() == pytest.approx(float(sum(kl(t, s) for t, s in cut)) / 2, rel=1e-4)
     head_VC = pair.faces.head_weight_VC.double()
     logits = [(hidden[-1] @ head_VC.T).softmax(-1)[:, None] for hidden in (teacher_hidden, student_hidden)]
-    assert float(parts["logits"]) == pytest.approx(float(kl(*logits)), rel=1e-4)
+    assert parts["logits"].item() == pytest.approx(float(kl(*logits)), rel=1e-4)
     assert not torch.allclose(losses.distil(IDS)[1]["self_relation"], parts["self_relation"])
 
 
@@ -133,7 +133,7 @@ def test_hidden_is_the_cosine_distance_of_six_layers_and_with_jumps_of_the_last(
     assert layers is None
     assert loss.item() == pytest.approx(float(sum(apart)), rel=1e-4)
     jumps = Jumps(torch.arange(64)[None], torch.tensor([0, 64], dtype=torch.int32))
-    assert float(losses.distil(IDS, jumps)[0]) == pytest.approx(float(apart[-1]), rel=1e-4)
+    assert losses.distil(IDS, jumps)[0].item() == pytest.approx(float(apart[-1]), rel=1e-4)
     assert hidden_layers(30) == {4, 9, 14, 19, 24, 29}
     assert hidden_layers(2) == {0, 1}
 
@@ -145,8 +145,8 @@ def test_retrieval_is_the_lm_loss_on_the_answers_alone(pair: Pair) -> None:
     expected = -log_probs[answers_N - 1, IDS[0, answers_N]].mean()
     whole = -log_probs[torch.arange(63), IDS[0, 1:]].mean()
     loss, parts = Losses(pair.faces, {"lm": 1.0, "retrieval": 0.5}).language_model(IDS, answers_N)
-    assert float(parts["retrieval"]) == pytest.approx(float(expected), rel=1e-4)
-    assert float(parts["lm"]) == pytest.approx(float(whole), rel=1e-4)
+    assert parts["retrieval"].item() == pytest.approx(float(expected), rel=1e-4)
+    assert parts["lm"].item() == pytest.approx(float(whole), rel=1e-4)
     assert loss.item() == pytest.approx(float(whole + 0.5 * expected), rel=1e-4)
     torch.autograd.backward(loss)
     assert any(parameter.grad is not None and parameter.grad.any() for parameter in pair.faces.adapters.parameters())

@@ -183,7 +183,7 @@ def main(out: Path, what: str, model: Path | None) -> None:
     if what == "scripted" or model is None:
         section |= scripted(repeats=5)
     elif what == "start":
-        section |= starts(model, repeats=3)
+        section |= starts(model, repeats=2)
     else:
         section |= real(model, tokens=48, seconds=12, repeats=4)
     section["load_average_after"] = round(os.getloadavg()[0], 2)

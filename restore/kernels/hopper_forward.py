@@ -20,6 +20,10 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warp
 from restore.kernels.triton_launch import Argument, launch
 from restore.kernels.triton_tiles import Tile, allow_descriptors
 
+# Renamed after triton 3.6.
+meet = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
+bring = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+
 LOG2_E = gl.constexpr(1.4426950408889634)
 LN_2 = gl.constexpr(0.6931471805599453)
 LOWEST = gl.constexpr(-1e30)
@@ -34,8 +38,8 @@ SLOTS = gl.constexpr(4)
 def _bring(d_q_s, d_q_t, d_k_s, d_k_t, q_tiles, k_tiles, q_ready, ready, free, first, blocks):
     mbarrier.expect(q_ready, 2 * 2 * d_q_s.block_type.nbytes)
     for half in gl.static_range(2):
-        tma.async_copy_global_to_shared(d_q_s, [first + half * ROWS, 0], q_ready, q_tiles.index(half))
-        tma.async_copy_global_to_shared(d_q_t, [first + half * ROWS, 0], q_ready, q_tiles.index(2 + half))
+        bring(d_q_s, [first + half * ROWS, 0], q_ready, q_tiles.index(half))
+        bring(d_q_t, [first + half * ROWS, 0], q_ready, q_tiles.index(2 + half))
     for j in range(blocks):
         for side in gl.static_range(2):
             k = 2 * j + side
@@ -44,7 +48,7 @@ def _bring(d_q_s, d_q_t, d_k_s, d_k_t, q_tiles, k_tiles, q_ready, ready, free, f
             mbarrier.wait(free.index(slot), (k // SLOTS % 2) ^ 1)
             mbarrier.expect(ready.index(slot), d_k_s.block_type.nbytes)
             source = d_k_s if side == 0 else d_k_t
-            tma.async_copy_global_to_shared(source, [j * COLUMNS, 0], ready.index(slot), k_tiles.index(slot))
+            bring(source, [j * COLUMNS, 0], ready.index(slot), k_tiles.index(slot))
 
 
 @gluon.jit
@@ -57,7 +61,7 @@ def _send(q_tile, k_tiles, ready, k, zero):
 @gluon.jit
 def release(slot_free):
     """Every warp of the group has read a tile: one of the two arrivals that free it."""
-    gl.thread_barrier()
+    meet()
     mbarrier.arrive(slot_free, count=1)
 
 

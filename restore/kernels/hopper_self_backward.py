@@ -16,7 +16,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
-from restore.kernels.hopper_forward import copied, release
+from restore.kernels.hopper_forward import bring, copied, release
 from restore.kernels.triton_launch import Argument, launch
 from restore.kernels.triton_tiles import Tile, allow_descriptors, normalise
 
@@ -33,17 +33,17 @@ LEFT, DIAGONAL, RIGHT = gl.constexpr(0), gl.constexpr(1), gl.constexpr(2)
 def _bring(d_s, d_t, own_tiles, tiles, own_ready, ready, free, first, blocks):
     mbarrier.expect(own_ready, 4 * d_s.block_type.nbytes)
     for half in gl.static_range(2):
-        tma.async_copy_global_to_shared(d_s, [first + half * SIDE, 0], own_ready, own_tiles.index(half))
-        tma.async_copy_global_to_shared(d_t, [first + half * SIDE, 0], own_ready, own_tiles.index(2 + half))
+        bring(d_s, [first + half * SIDE, 0], own_ready, own_tiles.index(half))
+        bring(d_t, [first + half * SIDE, 0], own_ready, own_tiles.index(2 + half))
     # One more of the student, all zeros, for the product that is begun ahead in the last round.
     for k in range(2 * blocks + 1):
         slot = k % SLOTS
         mbarrier.wait(free.index(slot), (k // SLOTS % 2) ^ 1)
         mbarrier.expect(ready.index(slot), d_s.block_type.nbytes)
         if k % 2 == 0:
-            tma.async_copy_global_to_shared(d_s, [k // 2 * SIDE, 0], ready.index(slot), tiles.index(slot))
+            bring(d_s, [k // 2 * SIDE, 0], ready.index(slot), tiles.index(slot))
         else:
-            tma.async_copy_global_to_shared(d_t, [k // 2 * SIDE, 0], ready.index(slot), tiles.index(slot))
+            bring(d_t, [k // 2 * SIDE, 0], ready.index(slot), tiles.index(slot))
 
 
 @gluon.jit

@@ -137,11 +137,16 @@ def _loadtest(parser: argparse.ArgumentParser, words: Sequence[str]) -> Job:
 
         parser.add_argument("--compare", action="store_true", help="compare two runs: exit code 7 when the second is worse")
         return _settings(parser, compare.CompareConfig, compare.run, positional=("base", "other"))
+    if "--redraw" in words:
+        from loadtests import redraw
+
+        parser.add_argument("--redraw", action="store_true", help="draw the report of an earlier run again")
+        return _settings(parser, redraw.RedrawConfig, redraw.run, positional=("result",))
     from loadtests.config import LoadConfig
 
     parser.epilog = (
         "other uses: 'ard loadtest --predict MODEL' says what fits without a server, 'ard loadtest --compare BASE OTHER' "
-        "holds two runs against each other; each has its own --help"
+        "holds two runs against each other, 'ard loadtest --redraw FOLDER' draws a report again; each has its own --help"
     )
 
     def run(config: LoadConfig) -> int:

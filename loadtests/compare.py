@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from ard_serve import console
-from ard_serve.errors import DataError, QualityGateError, UsageError
+from ard_serve.errors import QualityGateError, UsageError
 from ard_serve.settings import Settings
 from loadtests.fits import mcnemar_p
+from loadtests.output import read_result
 from loadtests.records import CellResult, Record, RequestRecord, RunResult
 from loadtests.units import short_ms
 
@@ -102,7 +103,7 @@ def compare(config: CompareConfig) -> Comparison:
         DataError: a file is not a result.
         UsageError: the runs asked different things, or share no cell that can be believed.
     """
-    base, other = _read(config.base), _read(config.other)
+    base, other = read_result(config.base), read_result(config.other)
     for name in _SAME_SETTINGS:
         if base.settings.get(name) != other.settings.get(name):
             raise UsageError(
@@ -124,16 +125,6 @@ def compare(config: CompareConfig) -> Comparison:
     ]
     return Comparison(base=str(config.base), other=str(config.other), differences=differences,
                       only_in_one=sorted(mine.keys() ^ yours.keys()), refused=refused)  # fmt: skip
-
-
-def _read(path: Path) -> RunResult:
-    path = path / "result.json" if path.is_dir() else path
-    try:
-        return RunResult.model_validate_json(path.read_bytes())
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); name a folder that `ard loadtest` wrote") from None
-    except ValidationError as error:
-        raise DataError(f"{path}: not a result of this version ({error.error_count()} fields do not fit)") from None
 
 
 def _measured(result: RunResult, cell: str) -> list[RequestRecord]:

@@ -5,18 +5,37 @@ import io
 import os
 from pathlib import Path
 
+from pydantic import ValidationError
+
+from ard_serve.errors import DataError
 from loadtests.records import CellResult, Distribution, RunResult
 from loadtests.units import short_ms, short_number
 
+RESULT = "result.json"
 _DISTRIBUTIONS = ("ttft_ms", "itl_ms", "tpot_ms", "e2e_ms", "scheduled_ms", "late_ms")
 _PERCENTILES = ("n", "mean", "p50", "p90", "p99", "max")
+
+
+def read_result(path: Path) -> RunResult:
+    """Read `result.json`, named itself or by its folder.
+
+    Raises:
+        DataError: it cannot be read, or is no result of this version.
+    """
+    path = path / RESULT if path.is_dir() else path
+    try:
+        return RunResult.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); name a folder that `ard loadtest` wrote") from None
+    except ValidationError as error:
+        raise DataError(f"{path}: not a result of this version ({error.error_count()} fields do not fit)") from None
 
 
 def write_result(result: RunResult, folder: Path) -> None:
     """Write `result.json`, so that a reader sees a whole one at any moment."""
     # The gaps of every event are in requests.jsonl alone: they are nine tenths of the size.
     text = result.model_dump_json(indent=1, exclude={"requests": {"__all__": {"gaps_ms"}}})
-    _replace(folder / "result.json", text)
+    _replace(folder / RESULT, text)
 
 
 def write_tables(result: RunResult, folder: Path, with_page: bool) -> None:

@@ -3,15 +3,17 @@
 import csv
 import io
 from html.parser import HTMLParser
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from loadtests import plots
+from ard_serve.errors import DataError
+from loadtests import plots, redraw
 from loadtests.config import LoadConfig
 from loadtests.fits import add_fits
 from loadtests.metrics import accuracy, by_depth, distribution
-from loadtests.output import cells_csv, summary_markdown
+from loadtests.output import cells_csv, summary_markdown, write_result
 from loadtests.records import CellMemory, CellResult, RequestRecord, RunResult
 from loadtests.report import render
 from loadtests.units import short_bytes, short_count, short_ms, short_number
@@ -149,6 +151,17 @@ def test_throughput_law_is_told(result: RunResult) -> None:
     (fit,) = result.fits["throughput"]
     assert round(fit["limit_tokens_per_s"], -1) == 2000
     assert "512 prompts: at most" in read(render(result)).text
+
+
+def test_report_is_drawn_again_from_the_result_alone(result: RunResult, tmp_path: Path) -> None:
+    fits, result.fits = result.fits, {}
+    write_result(result, tmp_path)
+    assert redraw.run(redraw.RedrawConfig(result=tmp_path / "result.json")) == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"result.json", "report.html", "summary.md", "cells.csv"}
+    result.fits = fits
+    assert (tmp_path / "report.html").read_text(encoding="utf-8") == render(result)
+    with pytest.raises(DataError, match="cannot be read"):
+        redraw.run(redraw.RedrawConfig(result=tmp_path / "elsewhere"))
 
 
 def test_open_loop_leads_with_the_time_from_the_planned_arrival(result: RunResult) -> None:

@@ -1,9 +1,11 @@
-"""What an optimizer step reads: windows to distil, some of them with jumps, and long windows, some with facts woven in."""
+"""What an optimizer step reads: windows to distil, some with jumps or cut into short texts, and long ones, some with facts."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,6 +15,10 @@ from restore.data import TokenStream, Windows, evenly_spaced
 from restore.plan import Plan
 from restore.positions import Jumps, jumps
 from restore.retrieval import Weaver
+
+Kind = Literal["whole", "jumped", "cut"]
+# Lengths of what people ask in a sentence to a page; a native window has few places with as little in front of them.
+_CUT_TOKENS = (64, 128, 256, 512, 1024)
 
 
 @dataclass(frozen=True)
@@ -41,7 +47,7 @@ class Batches:
 
     def __init__(
         self, plan: Plan, config: RestoreConfig, stream: TokenStream, target_length: int, weaver: Weaver | None
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Raises DataError when the stream is shorter than a window."""
         self._plan, self._config, self._target_length, self._weaver = plan, config, target_length, weaver
         self._short = Windows(stream, plan.window, config.seed) if plan.short_windows else None
@@ -55,31 +61,45 @@ class Batches:
         """The batches of step number `step` that hold the `windows`, which count as `lengths` lists them."""
         plan = self._plan
         short = [step * plan.short_windows + window - plan.long_windows for window in windows if window >= plan.long_windows]
-        for jumped, group in groupby(sorted(short, key=self._is_jumped), key=self._is_jumped):
+        for kind, group in groupby(sorted(short, key=self._kind), key=self._kind):
             numbers = list(group)
-            at_once = 1 if jumped else plan.windows_at_once
-            yield from (self._distilled(numbers[at : at + at_once], jumped) for at in range(0, len(numbers), at_once))
+            at_once = plan.windows_at_once if kind == "whole" else 1
+            yield from (self._distilled(numbers[at : at + at_once], kind) for at in range(0, len(numbers), at_once))
         for window in windows:
             if window < plan.long_windows:
                 yield self._read(step * plan.long_windows + window)
 
-    def _is_jumped(self, number: int) -> bool:
-        """Spread evenly: one window in four for a share of a quarter."""
-        share = self._config.jump_share
-        return int((number + 1) * share) > int(number * share)
+    def _kind(self, number: int) -> Kind:
+        """How distillation window `number` is read; each share is spread evenly over the windows."""
+        jump, cut = self._config.jump_share, self._config.cut_share
+        if not (special := _falls_on(number, jump + cut)):
+            return "whole"
+        return "jumped" if _falls_on(special - 1, jump / (jump + cut)) else "cut"
 
-    def _distilled(self, numbers: Sequence[int], jumped: bool) -> Batch:
+    def _distilled(self, numbers: Sequence[int], kind: Kind) -> Batch:
         assert self._short is not None, "a plan with windows to distil has a stream of them"
         ids_BT = torch.cat([self._short[number] for number in numbers])
-        seed = (self._config.seed, numbers[0])
-        return Batch(
-            ids_BT, len(numbers) / self._plan.short_windows,
-            jumps=jumps(self._plan.window, self._target_length, seed) if jumped else None,
-        )  # fmt: skip
+        seed, share = (self._config.seed, numbers[0]), len(numbers) / self._plan.short_windows
+        if kind == "cut":
+            return Batch(_cut(ids_BT[0], seed), share)
+        return Batch(ids_BT, share, jumps=jumps(self._plan.window, self._target_length, seed) if kind == "jumped" else None)
 
     def _read(self, number: int) -> Batch:
         assert self._long is not None, "a plan with long windows has a stream of them"
         return _long_batch(self._long[number], 1 / self._plan.long_windows, self._weaver, (self._config.seed, number))
+
+
+def _falls_on(number: int, share: float) -> int:
+    """0, or which one it is, from 1 on, when `number` is one of those that a share of all numbers falls on."""
+    before, after = int(number * share), int((number + 1) * share)
+    return after if after > before else 0
+
+
+def _cut(ids_T: Tensor, seed: tuple[int, ...]) -> Tensor:
+    """A window as texts of one length, which is drawn: [texts, length]. What is left over at the end is dropped."""
+    lengths = [length for length in _CUT_TOKENS if length < len(ids_T)] or [max(1, len(ids_T) // 2)]
+    length = lengths[np.random.default_rng(seed).integers(len(lengths))]
+    return ids_T[: len(ids_T) // length * length].view(-1, length)
 
 
 def validation_batches(plan: Plan, config: RestoreConfig, stream: TokenStream, weaver: Weaver | None) -> list[Batch]:

@@ -68,6 +68,9 @@ class RestoreConfig(Settings):
     jump_share: float = Field(
         0.0, ge=0, le=1, description="share of the distillation windows that the student reads at far, jumping positions"
     )
+    cut_share: float = Field(
+        0.0, ge=0, le=1, description="share of the distillation windows that are cut into short texts of 64 to 1,024 tokens"
+    )
     retrieval_spacing: PositiveInt = Field(
         1024, description="tokens of a long window for each fact woven into it, where the objective retrieval is used"
     )
@@ -106,6 +109,8 @@ class RestoreConfig(Settings):
             raise ValueError("at least one objective needs a weight above 0")
         if any(weight < 0 for weight in self.weights.values()):
             raise ValueError("objective weights cannot be negative")
+        if self.jump_share + self.cut_share > 1:
+            raise ValueError(f"jump_share + cut_share = {self.jump_share + self.cut_share:g}: together at most 1")
         if self.alpha is not None and self.trainable == "full":
             raise ValueError("alpha belongs to trainable 'lora', this run trains full-rank deltas")
         return self

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from tokenizers import ByteLevelBPETokenizer
 from torch import Tensor
@@ -137,7 +138,7 @@ def held_out_loss(model: Any, stream: TokenStream, window: int) -> float:
         on_device = ids_BT.to(model.device)
         with torch.autocast(model.device.type, dtype=torch.bfloat16):
             losses.append(model(on_device, labels=on_device).loss.item())
-    return sum(losses) / len(losses)
+    return float(np.mean(losses))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from restore.batches import Batch, Batches
+from restore.batches import Batch, Batches, _cut
 from restore.config import RestoreConfig
 from restore.data import TokenStream
 from restore.loading import load_tokenizer
@@ -51,6 +51,22 @@ def test_the_share_that_jumps_does_and_alone() -> None:
     places = {tuple(batch.jumps.positions_BT[0].tolist()) for batch in jumped if batch.jumps}
     assert len(places) == len(jumped), "each window jumps elsewhere"
     assert not any(batch.jumps for batch in batches().of_step(0, range(9)))
+
+
+def test_a_share_is_cut_into_short_texts_of_many_lengths() -> None:
+    made = batches(jump_share=0.25, cut_share=0.5, window=128, long_window=512)
+    found = [batch for step in range(16) for batch in made.of_step(step, range(5)) if not batch.is_long]
+    assert sum(batch.share for batch in found) == pytest.approx(16)
+    cut = [batch for batch in found if batch.ids_BT.shape[1] < 128]
+    assert (len(cut), sum(batch.jumps is not None for batch in found)) == (32, 16)
+    assert {tuple(batch.ids_BT.shape) for batch in cut} == {(2, 64)}
+    whole = batches(window=128, long_window=512)
+    rows_of = {tuple(row.tolist()) for step in range(16) for batch in whole.of_step(step, range(5)) for row in batch.ids_BT}
+    assert all(tuple(batch.ids_BT.flatten().tolist()) in rows_of for batch in cut), "the same text, in pieces"
+    lengths = {int(_cut(torch.arange(8192), (0, number)).shape[1]) for number in range(40)}
+    assert lengths == {64, 128, 256, 512, 1024}
+    with pytest.raises(ValueError, match=r"jump_share \+ cut_share = 1.25"):
+        batches(jump_share=0.75, cut_share=0.5)
 
 
 def test_facts_are_woven_into_long_windows_alone(make_checkpoint: Callable[..., Path]) -> None:

@@ -20,10 +20,11 @@ from server.upstream import Upstream
 
 
 def circumstances(packages: tuple[str, ...]) -> dict[str, Any]:
-    """Command, commit, machine, date, versions, and how busy the machine is."""
+    """Command, commit ($COMMIT where only the files were copied), machine, date, versions, and how busy the machine is."""
+    head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
     return {
         "command": "python " + " ".join(sys.argv),
-        "commit": subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip(),
+        "commit": head.stdout.strip() or os.environ.get("COMMIT", "unknown"),
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
         "versions": {name: version(name) for name in packages},

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from ard_serve.errors import DataError
+from ard_serve.errors import DataError, ResourceError
 from loadtests.records import CellResult, Distribution, RunResult
 from loadtests.units import short_ms, short_number
 
@@ -29,6 +29,11 @@ def read_result(path: Path) -> RunResult:
         raise DataError(f"{path}: cannot be read ({error.strerror}); name a folder that `ard loadtest` wrote") from None
     except ValidationError as error:
         raise DataError(f"{path}: not a result of this version ({error.error_count()} fields do not fit)") from None
+
+
+def unwritable(path: Path, error: OSError) -> ResourceError:
+    """What to raise when a file of a run cannot be written."""
+    return ResourceError(f"{path}: cannot be written ({error.strerror}); free the disk or choose another folder with --out")
 
 
 def write_result(result: RunResult, folder: Path) -> None:
@@ -111,5 +116,8 @@ def summary_markdown(result: RunResult) -> str:
 
 def _replace(path: Path, text: str) -> None:
     beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_text(text, encoding="utf-8")
-    beside.replace(path)
+    try:
+        beside.write_text(text, encoding="utf-8")
+        beside.replace(path)
+    except OSError as error:
+        raise unwritable(path, error) from None

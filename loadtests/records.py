@@ -7,7 +7,7 @@ from pydantic import BaseModel, ConfigDict
 from loadtests.client import Outcome
 
 Role = Literal["warm_up", "ramp", "measured", "fill"]
-Status = Literal["running", "complete", "time_limit", "interrupted", "terminated", "server_died"]
+Status = Literal["running", "complete", "time_limit", "interrupted", "terminated", "server_died", "failed"]
 
 
 class Record(BaseModel):

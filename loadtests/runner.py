@@ -16,7 +16,7 @@ from typing import IO
 import uvloop
 
 from ard_serve import console
-from ard_serve.errors import EXIT_INTERRUPTED, EXIT_TERMINATED, EngineDiedError, ResourceError
+from ard_serve.errors import EXIT_INTERRUPTED, EXIT_TERMINATED, ArdError, EngineDiedError
 from loadtests import fits
 from loadtests.address import Address, parse_address
 from loadtests.bias import measure_bias
@@ -25,7 +25,7 @@ from loadtests.config import LoadConfig
 from loadtests.engine import EngineMetrics, Snapshot
 from loadtests.kv_report import describe_kv
 from loadtests.machine import commit, describe_machine
-from loadtests.output import SUMMARY_HEADER, summary_row, write_result, write_tables
+from loadtests.output import SUMMARY_HEADER, summary_row, unwritable, write_result, write_tables
 from loadtests.prompts import PromptMaker
 from loadtests.records import CellResult, RequestRecord, RunResult
 from loadtests.scenario import Cell, plan, schedule
@@ -50,6 +50,7 @@ def run(config: LoadConfig) -> int:
     Raises:
         UsageError: the address, the plan or the server's answers do not allow a run.
         EngineDiedError: the server died meanwhile; what was measured until then is written.
+        ResourceError: the run's folder cannot be written.
     """
     address = parse_address(config.url, config.allow_host, config.api_key_env)
     test = _LoadTest(config, address)
@@ -65,6 +66,9 @@ def run(config: LoadConfig) -> int:
     except EngineDiedError as error:
         test.result.status, test.result.detail = "server_died", str(error)
         raise EngineDiedError(f"{error}; {test.measured()} measured requests are in {config.out}") from None
+    except ArdError as error:
+        test.result.status, test.result.detail = "failed", str(error)
+        raise
     finally:
         if test.session is not None and test.session.runs:
             test.update()
@@ -79,7 +83,13 @@ def _open_journal(folder: Path) -> IO[str]:
         folder.mkdir(parents=True, exist_ok=True)
         return (folder / "requests.jsonl").open("w", encoding="utf-8")
     except OSError as error:
-        raise ResourceError(f"{folder}: cannot be written ({error.strerror}); choose another folder with --out") from None
+        raise unwritable(folder, error) from None
+
+
+def _close(journal: IO[str]) -> None:
+    # What a full disk did not take has been told when it was written.
+    with contextlib.suppress(OSError):
+        journal.close()
 
 
 class _LoadTest:
@@ -118,7 +128,8 @@ class _LoadTest:
             follow: Stream = stream
             if config.processes > 1:
                 follow = (await stack.enter_async_context(sender_pool(config.processes))).stream
-            journal = stack.enter_context(_open_journal(config.out))
+            journal = _open_journal(config.out)
+            stack.callback(_close, journal)
             session = self.session = Session(config, target, prompts, engine, follow, journal, self._advance)
             if config.check_client:
                 await self._check_client(follow)

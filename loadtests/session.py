@@ -5,6 +5,7 @@ import itertools
 import os
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import IO
 
 from ard_serve.errors import EngineDiedError
@@ -13,6 +14,7 @@ from loadtests.config import LoadConfig
 from loadtests.engine import EngineMetrics
 from loadtests.load import Send, closed_loop, open_loop, roles
 from loadtests.machine import ServerMemory
+from loadtests.output import unwritable
 from loadtests.prompts import Prompt, PromptMaker, Words, grade
 from loadtests.records import RequestRecord, Role
 from loadtests.scenario import Cell, arrivals
@@ -169,8 +171,11 @@ class Session:
             correct=grade(exchange.text[:_ANSWER_CHARS], prompt.expected) if ok and prompt.expected else None,
         )
         run.records.append(record)
-        self._journal.write(record.model_dump_json() + "\n")
-        self._journal.flush()
+        try:
+            self._journal.write(record.model_dump_json() + "\n")
+            self._journal.flush()
+        except OSError as error:
+            raise unwritable(Path(self._journal.name), error) from None
         self._on_request(record)
 
     async def _alive(self) -> bool:

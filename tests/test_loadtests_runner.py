@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from ard_serve.errors import ArdError, DataError, EngineDiedError, ModelError, UsageError
+from ard_serve.errors import ArdError, DataError, EngineDiedError, ModelError, ResourceError, UsageError
 from loadtests.config import LoadConfig
 from loadtests.records import RunResult
 from loadtests.runner import run
@@ -288,6 +288,16 @@ def test_trace_is_replayed_with_its_lengths(start_mock: StartMock, tmp_path: Pat
     assert [record.prompt_tokens for record in sent] == [200, 210, 220, 230, 240, 250, 9]
     assert [record.output_tokens for record in sent] == [4, 5, 6, 7, 8, 9, 4]
     assert sent[5].sent_s - sent[0].sent_s == pytest.approx(0.5, abs=0.1)
+
+
+def test_full_disk_is_one_line_and_keeps_the_result(start_mock: StartMock, tmp_path: Path) -> None:
+    (tmp_path / "requests.jsonl").symlink_to("/dev/full")
+    with pytest.raises(ResourceError, match=r"requests\.jsonl: cannot be written \(No space left.*--out") as raised:
+        run(config(start_mock(ttft_ms=5, itl_ms=1), tmp_path))
+    assert raised.value.exit_code == 5
+    result = result_of(tmp_path)
+    assert (result.status, result.cells[0].requests) == ("failed", 0)
+    assert "No space left" in result.detail
 
 
 def test_time_limit_lists_what_it_left_out(start_mock: StartMock, tmp_path: Path) -> None:

@@ -124,6 +124,9 @@ class Watch:
         try:
             async with asyncio.timeout(self._config.canary_timeout_s):
                 status, answer = await self.upstream.call("POST", "/v1/completions", payload, "canary")
+                if status != 200 and self._is_corrupt(await self.engine_metrics() or ""):
+                    self._finite_canary = False  # and so its logprob could not be written as JSON
+                    return None, False
                 if status != 200:
                     health_status, _ = await self.upstream.call("GET", "/health")
                     return f"the canary got status {status}", health_status != 200
@@ -136,7 +139,8 @@ class Watch:
 
     def _is_corrupt(self, engine_text: str) -> bool:
         """Whether the canary, or any request since the last one, met non-finite logits."""
-        total = sum(value for _, value in engine_sample(engine_text, "vllm:corrupted_requests_total"))
+        samples = engine_sample(engine_text, "vllm:corrupted_requests_total")
+        total = sum(value for _, value in samples) if samples else self._corrupted_requests
         is_corrupt = total > self._corrupted_requests or not self._finite_canary
         self._corrupted_requests = total
         self.metrics.non_finite.labels(self.name).set(is_corrupt)

@@ -62,9 +62,9 @@ class FakeEngine:
             return reply(writer, 200, {"data": [{"id": "tiny", "max_model_len": self.script.get("window", 512)}]})
         if path == "/metrics":
             blocks = self.script.get("blocks", 65)
-            return reply(
-                writer, 200, f'vllm:cache_config_info{{num_gpu_blocks="{blocks}",block_size="16"}} 1.0\n', "text/plain"
-            )
+            text = f'vllm:cache_config_info{{num_gpu_blocks="{blocks}",block_size="16"}} 1.0\n'
+            text += f"vllm:corrupted_requests_total {self.script.get('corrupted', 0)}\n"
+            return reply(writer, 200, text, "text/plain")
         fields = json.loads(body)
         if path == "/tokenize":
             texts = (
@@ -100,6 +100,9 @@ def script_of(user: Any) -> dict[str, Any]:
 async def generate(writer: asyncio.StreamWriter, path: str, fields: dict[str, Any], script: dict[str, Any]) -> None:
     await asyncio.sleep(script.get("first_s", 0))
     end, logprob = script.get("end", "done"), script.get("logprob", -0.5)
+    if status := script.get("status"):
+        reply(writer, status, {"error": {"message": "Out of range float values are not JSON compliant"}})
+        return
     if not fields.get("stream"):
         if end != "done":
             await misbehave(end, writer)

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -190,8 +191,14 @@ def test_the_engine_does_not_outlive_a_killed_gateway(start: StartGateway) -> No
 
 
 @pytest.mark.fault("S22")
-def test_non_finite_logits_raise_the_alarm(start: StartGateway) -> None:
-    gateway = start({"canary": {"logprob": float("nan")}})
+@pytest.mark.parametrize(
+    "script",
+    [{"canary": {"logprob": float("nan")}}, {"canary": {"status": 500}, "corrupted": 1}],
+    ids=["written", "not writable"],
+)
+def test_non_finite_logits_raise_the_alarm(start: StartGateway, script: dict[str, Any]) -> None:
+    """A NaN that the engine writes as a logprob, and one at which it fails to write its answer and only counts it."""
+    gateway = start(script)
     wait_for(lambda: gateway.metric("ard_engine_non_finite") == 1)
     assert gateway.status("/readyz") == 503
     response = complete(gateway)

@@ -80,7 +80,8 @@ class DeltaLinear(Adapter):
     def __init__(self, base: nn.Linear) -> None:
         super().__init__()
         self.base_layer = base
-        self.delta = nn.Parameter(torch.zeros_like(base.weight, dtype=torch.float32))
+        # By shape: a weight may be a shard of one, and every process holds the whole of what learns.
+        self.delta = nn.Parameter(torch.zeros(base.weight.shape, dtype=torch.float32, device=base.weight.device))
 
     def add(self, output_NO: Tensor, rows_NI: Tensor) -> Tensor:
         return output_NO.addmm_(rows_NI, self.delta.to(rows_NI.dtype).T)

@@ -96,6 +96,10 @@ class RestoreConfig(Settings):
     )
 
     dtype: Literal["bf16", "fp32"] = Field("bf16", description="dtype of the frozen weights and the arithmetic: bf16 or fp32")
+    shard: Literal["auto", "on", "off"] = Field(
+        "auto",
+        description="spread the frozen weights over several processes; auto does where the model does not fit one device",
+    )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes a CUDA device where there is one")
     evaluate: bool = Field(True, description="measure native, stretched and restored before the result is published")
     evaluation: EvalConfig = Field(EvalConfig(), description="what to measure; the held-out documents where it names no data")

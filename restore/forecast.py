@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -18,7 +17,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM
 
-from ard_serve.errors import ResourceError
 from restore.config import RestoreConfig
 from restore.inspection import transformers_config
 from restore.model import TwoFaced
@@ -31,8 +29,8 @@ _FEW, _MORE = 2, 3
 _LONGEST_MEASURED = 32_768
 # Adapter, gradient, two moments of AdamW and the best weights so far, in fp32.
 BYTES_PER_TRAINED = 20
-# Below these, a run would teach nothing worth having.
-_SHORTEST_WINDOW, _LOWEST_RANK = 512, 8
+# Of a sharded model, a process holds at most so many layers whole: the one that runs, the next, and the next as it arrives.
+_WHOLE_LAYERS = 3
 
 
 @dataclass(frozen=True)
@@ -55,17 +53,21 @@ class Forecast:
         return f"{peak} (weights {weights}, adapters and optimizer {trained}, a step {step})"
 
 
-def forecast(base: Mapping[str, Any], rope: RopePlan, config: RestoreConfig) -> Forecast:
+def forecast(base: Mapping[str, Any], rope: RopePlan, config: RestoreConfig, processes: int = 1) -> Forecast:
     """Forecast a run from the model's config.json alone.
 
     Args:
         base: the contents of config.json.
         rope: how far it is stretched.
-        config: the run.
+        config: the run; with `shard` "on", its layers are spread over the processes.
+        processes: how many there are.
     """
     layers = int(base["num_hidden_layers"])
     few, more = (_measure(base, rope, config, count) for count in (_FEW, _MORE))
     weights, trained, distilling, reading = (low + (layers - _FEW) * (high - low) for low, high in zip(few, more, strict=True))
+    if config.shard == "on":
+        layer = more[0] - few[0]
+        weights += -(-layers * layer // processes) + min(_WHOLE_LAYERS, layers) * layer - layers * layer
     return Forecast(weights, trained, max(distilling, reading))
 
 
@@ -147,40 +149,3 @@ class _Peak(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _free(self, key: int, size: int) -> None:
         self._alive.discard(key)
         self._now -= size
-
-
-def check_memory(base: Mapping[str, Any], rope: RopePlan, config: RestoreConfig, device: torch.device) -> Forecast:
-    """Refuse a run that cannot fit on `device`, and name one that would.
-
-    Raises:
-        ResourceError: it does not fit, with the sizes and the settings that would.
-    """
-    needed, free_bytes = forecast(base, rope, config), _free_bytes(device)
-    if needed.peak_bytes > free_bytes:
-        remedy = _what_fits(base, rope, config, free_bytes)
-        raise ResourceError(f"{device}: this run needs about {needed}, {free_bytes / 1e9:.1f} GB are free; {remedy}")
-    return needed
-
-
-def _what_fits(base: Mapping[str, Any], rope: RopePlan, config: RestoreConfig, free_bytes: int) -> str:
-    """Halve the windows, the long one first, then the rank, until a run fits."""
-    plan = plan_steps(config, rope)
-    window, long_window, rank = plan.window, plan.long_window, config.rank
-    while True:
-        if long_window > window and plan.long_windows:
-            long_window //= 2
-        elif window > _SHORTEST_WINDOW and plan.short_windows:
-            window //= 2
-        elif rank > _LOWEST_RANK and config.trainable == "lora":
-            rank //= 2
-        else:
-            return "no smaller window or rank would fit: use a smaller model or another device"
-        smaller = config.model_copy(update={"window": window, "long_window": long_window, "rank": rank})
-        if forecast(base, rope, smaller).peak_bytes <= free_bytes:
-            return f"--window {window} --long-window {long_window} --rank {rank} would fit"
-
-
-def _free_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    return int(psutil.virtual_memory().available)

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from torch.nn.functional import linear
 
 from ard_serve import console
 from ard_serve.artifact import DataRecord, Quality, RecipeRecord
@@ -19,11 +20,11 @@ from restore.evaluate import evaluate_restoration, machine
 from restore.evaluation import gate
 from restore.evaluation.results import EvaluationReport
 from restore.export import Assessment, Provenance, Reference, check_room, export
-from restore.forecast import check_memory
+from restore.fit import check_memory
 from restore.inspection import read_config
 from restore.loading import Checkpoint, inspect, load, load_tokenizer, resolve
 from restore.model import TwoFaced
-from restore.parallel import World, joined
+from restore.parallel import ALONE, World, joined
 from restore.plan import plan_steps
 from restore.retrieval import Weaver
 from restore.rope import RopePlan
@@ -55,7 +56,10 @@ def run(config: RestoreConfig) -> int:
         if world.leads:
             return _lead(config, world, stop)
         with _memory_errors(config):
-            _prepare(config, world)[1].train(lambda: stop.received is not None)
+            loaded, trainer = _prepare(config, world)
+            state = trainer.train(lambda: stop.received is not None)
+            if loaded.faces.shards and state.step == trainer.plan.steps:
+                _reference(loaded)  # the process that leads needs everyone's shards for it
         return stop.exit_code if stop.received else 0
 
 
@@ -92,7 +96,7 @@ def export_run(folder: Path, out: Path | None, evaluation: Path | None, force: b
         if newest is None:
             raise UsageError(f"{folder}: no whole checkpoint to export; run `ard restore --config {folder / CONFIG}` first")
         state, tensors = newest
-        loaded = _load(config)
+        loaded = _load(config.model_copy(update={"shard": "off"}))
         loaded.faces.adapters.load_state(checkpoint.group(tensors, "best"))
         _publish(loaded, state.step, state.tokens, out or folder / MODEL, (lambda _: found) if found else None)
     return 0
@@ -107,13 +111,18 @@ def _prepare(config: RestoreConfig, world: World) -> tuple[Loaded, Trainer]:
     shape = (plan.steps, plan.step_tokens, plan.short_windows, plan.window, plan.long_windows, plan.long_window)
     _log.info("%d steps of %d tokens: %d x %d to distil, %d x %d for lm", *shape)
     train_documents, held_documents = split_documents(read_documents(config.data), config.validation_share, config.seed)
-    _log.info("memory: about %s", check_memory(read_config(folder), rope, config, _device(config)))
-    loaded = _load(config)
+    settled, needed = check_memory(read_config(folder), rope, config, _device(config), world)
+    _log.info("memory: about %s", needed)
+    if settled.shard == "on" and config.evaluate:
+        raise UsageError(
+            "evaluate: a sharded model fits no device whole; add --no-evaluate and measure it served (ard eval --server)"
+        )
+    loaded = _load(settled, world)
     check_room(loaded.base, config.out / MODEL)
     tokenizer, vocab_size = load_tokenizer(folder), int(loaded.base.config["vocab_size"])
     train, held = (tokenize(documents, tokenizer, vocab_size) for documents in (train_documents, held_documents))
     weaver = Weaver(tokenizer, config.retrieval_spacing) if "retrieval" in config.weights else None
-    trainer = Trainer(loaded.faces, config, rope, train, held, config.out, world, weaver)
+    trainer = Trainer(loaded.faces, settled, rope, train, held, config.out, world, weaver)
     if world.leads:
         config.save(config.out / CONFIG)
         write_documents(held_documents, config.out / HELD_OUT)
@@ -123,10 +132,16 @@ def _prepare(config: RestoreConfig, world: World) -> tuple[Loaded, Trainer]:
     return loaded, trainer
 
 
-def _load(config: RestoreConfig) -> Loaded:
+def _load(config: RestoreConfig, world: World = ALONE) -> Loaded:
     base = inspect(resolve(config.model))
     rope = config.plan_rope(base.config)
-    model = load(base.folder, _dtype(config), _device(config), rope.native_config(base.config))
+    native = rope.native_config(base.config)
+    if config.shard == "on":
+        from restore.sharding import Shards, load_sharded  # imports much of torch.distributed
+
+        model = load_sharded(base, native, _dtype(config), _device(config), world)
+        return Loaded(config, base, rope, TwoFaced(model, rope, config, Shards(model.model.layers)))
+    model = load(base.folder, _dtype(config), _device(config), native)
     return Loaded(config, base, rope, TwoFaced(model, rope, config))
 
 
@@ -188,7 +203,7 @@ def _publish(
     provenance = Provenance(config.model, recipe, data)
     with _memory_errors(config):
         export(loaded.base, rope, loaded.faces.adapters.delta, out, provenance, reference=_reference(loaded), assess=assess,
-               device=_device(config))  # fmt: skip
+               device="cpu" if loaded.faces.shards else _device(config))  # fmt: skip
     console.out.print(f"restored model: {out}", highlight=False, soft_wrap=True)
 
 
@@ -211,8 +226,8 @@ def _reference(loaded: Loaded) -> Reference:
     """Logits of the unmerged student on tokens spread over the vocabulary: what the export must give too."""
     spread = torch.randperm(int(loaded.base.config["vocab_size"]), generator=torch.Generator().manual_seed(0))
     ids_BT = spread[None, :_REFERENCE_TOKENS]
-    model = loaded.faces.model
-    logits_BTV = model(ids_BT.to(model.device)).logits
+    faces = loaded.faces
+    logits_BTV = linear(faces.student(ids_BT.to(faces.model.device)), faces.head_weight_VC)
     return Reference(ids_BT, logits_BTV.float().cpu(), _dtype(loaded.config))
 
 

@@ -4,8 +4,10 @@ Shapes: B batch, T tokens, C hidden channels.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +15,12 @@ from transformers import PreTrainedModel
 
 from restore.adapters import Adapters
 from restore.config import RestoreConfig
-from restore.recompute import KeptRows, Outputs, recomputed
+from restore.recompute import KeptRows, Outputs, Present, recomputed
 from restore.relations import Relations, Sink, Taken, hook
 from restore.rope import RopePlan
+
+if TYPE_CHECKING:
+    from restore.sharding import Shards
 
 # From one layer's (student, teacher) relations to named losses, each a scalar.
 RelationLoss = Callable[[Relations, Relations], dict[str, Tensor]]
@@ -28,9 +33,12 @@ Rope = tuple[Tensor, Tensor]
 class TwoFaced:
     """A causal language model that is teacher and student at once."""
 
-    def __init__(self, model: PreTrainedModel, plan: RopePlan, config: RestoreConfig) -> None:
-        """Hook the model's attention, attach adapters and build both rotary tables with transformers' own module."""
-        self.model = model
+    def __init__(self, model: PreTrainedModel, plan: RopePlan, config: RestoreConfig, shards: "Shards | None" = None) -> None:
+        """Hook the model's attention, attach adapters and build both rotary tables with transformers' own module.
+
+        `shards` are the model's layers where their weights are spread over several processes.
+        """
+        self.model, self.shards = model, shards
         self.adapters = Adapters(model, config)
         hook(model)
         model.train(False)
@@ -70,7 +78,9 @@ class TwoFaced:
         hidden = self._embed(ids_BT)
         rope = self.rotary["student"](hidden, self._positions(ids_BT, positions_BT))
         for number, layer in enumerate(self.layers):
-            hidden, _, _ = recomputed(_Reading(layer, rope), hidden, None, self.adapters.of_layer(number))
+            hidden, _, _ = recomputed(
+                _Reading(layer, rope), hidden, None, self.adapters.of_layer(number), self._present(number)
+            )
         return self._norm(hidden)
 
     def pair(
@@ -102,7 +112,9 @@ class TwoFaced:
         losses: list[dict[str, Tensor]] = []
         for number, layer in enumerate(self.layers):
             comparing = _Comparing(layer, ropes, relation_loss, self._frozen)
-            student, values, native = recomputed(comparing, student, teacher, self.adapters.of_layer(number))
+            student, values, native = recomputed(
+                comparing, student, teacher, self.adapters.of_layer(number), self._present(number)
+            )
             losses.append(dict(zip(comparing.names, values, strict=True)) if values is not None else {})
             assert native is not None, "the first pass gives the teacher's hidden states"
             teacher = native
@@ -110,6 +122,10 @@ class TwoFaced:
         with self._frozen():
             teacher = self._norm(teacher)
         return self._norm(student), teacher, losses
+
+    def _present(self, number: int) -> Present:
+        """What makes the weights of layer `number` be there."""
+        return partial(self.shards.whole, number) if self.shards else lambda _again: nullcontext()
 
     @contextmanager
     def _frozen(self) -> Iterator[None]:
@@ -174,7 +190,8 @@ class _Comparing:
 
 
 def _run_layer(layer: nn.Module, hidden_BTC: Tensor, rope: Rope, sink: Sink | None = None) -> Tensor:
-    output = layer(hidden_BTC, attention_mask=None, position_embeddings=rope, relation_sink=sink)
+    # Its forward, not the module: FSDP's hooks on it would gather and free weights by an idea of their own.
+    output = layer.forward(hidden_BTC, attention_mask=None, position_embeddings=rope, relation_sink=sink)
     assert isinstance(output, Tensor)
     return output
 

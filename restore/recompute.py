@@ -4,12 +4,13 @@ PyTorch's own selective checkpointing can do the same, but sends every operation
 in backward, and builds the graph twice. On a small model that takes longer than the arithmetic.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import restore.kernels  # noqa: F401 - registers torch.ops.ard
@@ -57,7 +58,17 @@ class Layer(Protocol):
     def __call__(self, student_BTC: Tensor, teacher_BTC: Tensor | None, rows: KeptRows, again: bool, /) -> Outputs: ...
 
 
-def recomputed(layer: Layer, student_BTC: Tensor, teacher_BTC: Tensor | None, parameters: Sequence[nn.Parameter]) -> Outputs:
+# Entered around all work on a layer, forward and (true) backward: its weights are there inside.
+Present = Callable[[bool], AbstractContextManager[None]]
+
+
+def recomputed(
+    layer: Layer,
+    student_BTC: Tensor,
+    teacher_BTC: Tensor | None,
+    parameters: Sequence[nn.Parameter],
+    present: Present = lambda _again: nullcontext(),
+) -> Outputs:
     """Run `layer` without a graph now and with one in backward; gradients reach `student_BTC` and `parameters`.
 
     Args:
@@ -65,17 +76,26 @@ def recomputed(layer: Layer, student_BTC: Tensor, teacher_BTC: Tensor | None, pa
         student_BTC: hidden states that may carry a gradient.
         teacher_BTC: hidden states that carry none.
         parameters: every parameter that learns in this layer.
+        present: makes the layer's weights be there while it runs.
     """
-    outputs: Outputs = _Recomputed.apply(layer, student_BTC, teacher_BTC, *parameters)  # type: ignore[no-untyped-call]
+    outputs: Outputs = _Recomputed.apply(layer, present, student_BTC, teacher_BTC, *parameters)  # type: ignore[no-untyped-call]
     return outputs
 
 
 class _Recomputed(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, layer: Layer, student_BTC: Tensor, teacher_BTC: Tensor | None, *parameters: nn.Parameter) -> Outputs:
+    def forward(
+        ctx: Any,
+        layer: Layer,
+        present: Present,
+        student_BTC: Tensor,
+        teacher_BTC: Tensor | None,
+        *parameters: nn.Parameter,
+    ) -> Outputs:
         rows = KeptRows()
-        outputs = layer(student_BTC, teacher_BTC, rows, False)
-        ctx.layer, ctx.parameters = layer, parameters
+        with present(False):
+            outputs = layer(student_BTC, teacher_BTC, rows, False)
+        ctx.layer, ctx.present, ctx.parameters = layer, present, parameters
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(student_BTC, teacher_BTC, *rows.tensors)
         if outputs[2] is not None:
@@ -83,14 +103,16 @@ class _Recomputed(torch.autograd.Function):
         return outputs
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         student_BTC, teacher_BTC, *rows = ctx.saved_tensors
-        needs_student: bool = ctx.needs_input_grad[1]
+        needs_student: bool = ctx.needs_input_grad[2]
         student_BTC = student_BTC.detach().requires_grad_(needs_student)
-        with torch.enable_grad():
-            outputs = ctx.layer(student_BTC, teacher_BTC, KeptRows(rows), True)
-        sources, given = zip(*((o, g) for o, g in zip(outputs[:2], grads[:2], strict=True) if g is not None), strict=True)
         wanted = [student_BTC, *ctx.parameters] if needs_student else list(ctx.parameters)
-        found = torch.autograd.grad(sources, wanted, given, allow_unused=True)
+        with ctx.present(True):
+            with torch.enable_grad():
+                outputs = ctx.layer(student_BTC, teacher_BTC, KeptRows(rows), True)
+            told = [(output, grad) for output, grad in zip(outputs[:2], grads[:2], strict=True) if grad is not None]
+            found = torch.autograd.grad([o for o, _ in told], wanted, [g for _, g in told], allow_unused=True)
         of_student = found[0] if needs_student else None
-        return None, of_student, None, *found[needs_student:]
+        return None, None, of_student, None, *found[needs_student:]

@@ -5,7 +5,7 @@ import logging
 import math
 import resource
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +17,7 @@ from torch import Tensor
 from ard_serve.console import Bar, progress
 from ard_serve.errors import NumericsError, UsageError
 from restore import checkpoint, devices
-from restore.batches import Batches, validation_batches
+from restore.batches import Batch, Batches, validation_batches
 from restore.checkpoint import RunState
 from restore.config import LONG, RestoreConfig
 from restore.data import TokenStream
@@ -166,8 +166,9 @@ class Trainer:
     def _accumulate(self, number: int) -> tuple[dict[str, float], list[float]]:
         """Backward through every window of step `number`; mean of each objective and of each layer's relation KL."""
         sums, layer_kl = self._zeros()
-        for batch in self._batches.of_step(number, self._world.share(self._batches.lengths())):
-            loss, parts, layers = self._losses.of(batch.to(self._device))
+        batches = list(self._batches.of_step(number, self._world.share(self._batches.lengths())))
+        for batch in self._together(batches, trains=True):
+            loss, parts, layers = self._losses.of(batch)
             torch.autograd.backward(loss * batch.share)
             _add(sums, parts, batch.share)
             if layers is not None:
@@ -175,6 +176,15 @@ class Trainer:
         self._world.add_up_gradients(self._parameters.values())
         self._world.add_up([*sums.values(), layer_kl])
         return {name: float(value) for name, value in sums.items()}, layer_kl.tolist()
+
+    def _together(self, batches: Sequence[Batch], trains: bool) -> Iterator[Batch]:
+        """The batches on the device. Of sharded weights every process needs as many passes as the one with the most batches."""
+        shards = self._faces.shards
+        idle = int(self._world.most(len(batches), self._device)) - len(batches) if shards else 0
+        yield from (batch.to(self._device) for batch in batches)
+        for _ in range(idle):
+            assert shards is not None
+            shards.idle(trains)
 
     def _zeros(self) -> tuple[dict[str, Tensor], Tensor]:
         """A sum for every objective in use, and one for every layer where relations are compared."""
@@ -186,9 +196,9 @@ class Trainer:
     def _validate(self) -> dict[str, Any]:
         """Objectives on the held-out windows; keeps the weights when they are the best so far."""
         sums, layer_kl = self._zeros()
-        for at in self._world.share([batch.ids_BT.shape[1] for batch in self._validation]):
-            batch = self._validation[at]
-            _, parts, layers = self._losses.of(batch.to(self._device))
+        mine = self._world.share([batch.ids_BT.shape[1] for batch in self._validation])
+        for batch in self._together([self._validation[at] for at in mine], trains=False):
+            _, parts, layers = self._losses.of(batch)
             _add(sums, parts, batch.share)
             if layers is not None:
                 layer_kl += layers * batch.share

@@ -5,15 +5,27 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
+from torch import distributed
+from torch.distributed.tensor import DTensor
 
 from ard_serve.cli import main
-from restore import metrics
+from ard_serve.errors import ResourceError
+from restore import fit, job, metrics
+from restore.config import RestoreConfig
+from restore.forecast import forecast
+from restore.inspection import inspect, read_config
+from restore.loading import load
+from restore.model import TwoFaced
+from restore.objectives import Losses
 from restore.parallel import World
+from restore.sharding import Shards, load_sharded
 
 # fp32 on the CPU: only the order of the sums differs.
 TOLERANCE = 2e-5
@@ -40,12 +52,15 @@ def on_two(words: list[str]) -> list[str]:
     ]
 
 
+@pytest.mark.parametrize("shard", ["off", "on"])
 def test_two_processes_give_the_losses_and_weights_of_one(
-    make_checkpoint: Callable[..., Path], texts: Path, tmp_path: Path
+    make_checkpoint: Callable[..., Path], texts: Path, tmp_path: Path, shard: str
 ) -> None:
-    model = make_checkpoint("qwen3")
+    """Replicated or sharded; validation has four windows of two lengths, so that one process has more passes to run."""
+    model = make_checkpoint("qwen3", max_shard_size="60KB", num_hidden_layers=3)
     assert main(restore(model, texts, tmp_path / "one")) == 0
-    run = subprocess.run(on_two(restore(model, texts, tmp_path / "two")), capture_output=True, text=True, check=False)
+    words = [*restore(model, texts, tmp_path / "two"), "--shard", shard]
+    run = subprocess.run(on_two(words), capture_output=True, text=True, check=False, timeout=300)
     assert run.returncode == 0, run.stderr
     assert run.stdout.count("restored model:") == 1
     one, two = (metrics.read(tmp_path / name) for name in ("one", "two"))
@@ -57,9 +72,10 @@ def test_two_processes_give_the_losses_and_weights_of_one(
         assert shared.get("validation", {}).get("loss", 0) == pytest.approx(
             alone.get("validation", {}).get("loss", 0), rel=TOLERANCE
         )
-    weights = [load_file(tmp_path / name / "model" / "model.safetensors") for name in ("one", "two")]
-    for name, weight in weights[0].items():
-        assert float((weight - weights[1][name]).abs().max()) < 1e-4, name
+    for path in sorted((tmp_path / "one" / "model").glob("*.safetensors")):
+        found = load_file(tmp_path / "two" / "model" / path.name)
+        for name, weight in load_file(path).items():
+            assert float((weight - found[name]).abs().max()) < 1e-4, name
 
 
 def test_a_signal_stops_both_with_one_checkpoint(make_checkpoint: Callable[..., Path], texts: Path, tmp_path: Path) -> None:
@@ -83,3 +99,98 @@ def test_windows_are_shared_out_once_and_evenly(size: int) -> None:
     assert sorted(window for share in shares for window in share) == list(range(8))
     loads = [sum(tokens[window] for window in share) for share in shares]
     assert max(loads) <= max(32_768, math.ceil(sum(tokens) / size) + 8192)
+
+
+@pytest.fixture
+def process_group() -> Iterator[World]:
+    """A process group of this process alone: FSDP2 shards over it as over many."""
+    distributed.init_process_group("gloo", rank=0, world_size=1, store=distributed.HashStore())  # type: ignore[attr-defined]
+    yield World(0, 1)
+    distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("trainable", ["lora", "full"])
+def test_a_sharded_step_has_the_bits_of_a_whole_one_and_keeps_no_layer_whole(
+    make_checkpoint: Callable[..., Path], process_group: World, trainable: str
+) -> None:
+    base = inspect(make_checkpoint("llama-tied", num_hidden_layers=3))
+    config = RestoreConfig.model_validate({"model": "m", "target_length": 512, "data": ("d",), "out": "o", "rank": 4,
+                                           "trainable": trainable})  # fmt: skip
+    rope = config.plan_rope(base.config)
+    whole = TwoFaced(load(base.folder, torch.float32), rope, config)
+    model = load_sharded(base, rope.native_config(base.config), torch.float32, torch.device("cpu"), process_group)
+    shards = Shards(model.model.layers)
+    sharded = TwoFaced(model, rope, config, shards)
+
+    def kinds() -> set[type]:
+        return {type(weight.data) for name, weight in model.model.layers.named_parameters() if not weight.requires_grad}
+
+    def learn(faces: TwoFaced) -> list[torch.Tensor]:
+        for number, parameter in enumerate(faces.adapters.parameters()):
+            parameter.data.normal_(0, 0.05, generator=torch.Generator().manual_seed(number))
+        losses = Losses(faces, {"attention": 1.0, "logits": 1.0, "lm": 1.0})
+        ids_BT = torch.arange(48)[None]
+        loss = losses.distil(ids_BT)[0] if faces.shards is None else _guarded(losses.distil, ids_BT, kinds)
+        total = loss + losses.language_model(ids_BT)[0]
+        return [total.detach(), *torch.autograd.grad(total, faces.adapters.parameters())]
+
+    for expected, found in zip(learn(whole), learn(sharded), strict=True):
+        assert torch.equal(expected, found)
+    assert kinds() == {DTensor}
+    with shards.whole(1, again=False):
+        assert not isinstance(model.model.layers[1].self_attn.k_proj.get_parameter("base_layer.weight").data, DTensor)
+    shards.idle(trains=True)
+    assert kinds() == {DTensor}
+
+
+def _guarded(distil: Callable[..., Any], ids_BT: torch.Tensor, kinds: Callable[[], set[type]]) -> torch.Tensor:
+    loss: torch.Tensor = distil(ids_BT)[0]
+    assert kinds() == {DTensor}, "between forward and backward"
+    return loss
+
+
+class Believed(World):
+    """Two processes, as far as the memory check can see."""
+
+    def any(self, here: bool, device: torch.device) -> bool:
+        return here
+
+
+@pytest.mark.parametrize(("size", "shard"), [(1.1, "off"), (0.9, "on")])
+def test_a_model_is_sharded_where_it_does_not_fit_one_device(
+    make_checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, size: float, shard: str
+) -> None:
+    base = read_config(make_checkpoint("llama2", hidden_size=256, num_hidden_layers=12))
+    config = RestoreConfig.model_validate({"model": "m", "target_length": 512, "data": ("d",), "out": "o", "rank": 4})
+    rope = config.plan_rope(base)
+    whole = forecast(base, rope, config)
+    monkeypatch.setattr(fit, "_free_bytes", lambda _: int(size * whole.peak_bytes))
+    settled, needed = fit.check_memory(base, rope, config, torch.device("cpu"), Believed(0, 2))
+    assert settled.shard == shard
+    layers = 12 * (whole.weights_bytes - 2 * 259 * 256 * 2) / 12  # all but embedding and head
+    saved = layers / 2 - 3 * layers / 12 if shard == "on" else 0
+    assert whole.weights_bytes - needed.weights_bytes == pytest.approx(saved, rel=0.01)
+    if shard == "on":
+        with pytest.raises(ResourceError, match="this run needs about"):
+            fit.check_memory(base, rope, config, torch.device("cpu"))
+
+
+def test_one_process_cannot_shard(make_checkpoint: Callable[..., Path], texts: Path, tmp_path: Path) -> None:
+    words = restore(make_checkpoint("llama3"), texts, tmp_path)
+    assert main([*words, "--shard", "on"]) == 2
+
+
+def test_a_sharded_model_is_not_evaluated_where_it_was_trained(
+    make_checkpoint: Callable[..., Path],
+    texts: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def shards(_base: object, _rope: object, config: RestoreConfig, *_: object) -> tuple[RestoreConfig, str]:
+        return config.model_copy(update={"shard": "on"}), "little"
+
+    monkeypatch.setattr(job, "check_memory", shards)
+    words = [word for word in restore(make_checkpoint("llama3"), texts, tmp_path) if word != "--no-evaluate"]
+    assert main(words) == 2
+    assert "add --no-evaluate" in capsys.readouterr().err

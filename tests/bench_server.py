@@ -21,7 +21,7 @@ import httpx
 import psutil
 import uvloop
 from helpers_bench import Streams, burst, circumstances, closed_loop, real_body, scripted_body, spread, write
-from helpers_server import ENGINE_KEY, FAKE_ENGINE, free_port, gateways, running_engine, wait_for
+from helpers_server import ENGINE_KEY, FAKE_ENGINE, NO_TLS, free_port, gateways, running_engine, wait_for
 
 from server.config import ServeConfig
 from server.upstream import Upstream
@@ -162,7 +162,7 @@ def start_s(model: Path, with_gateway: bool) -> float:
 
 def answers(url: str) -> bool:
     try:
-        return httpx.get(url, timeout=2, trust_env=False).status_code == 200
+        return httpx.get(url, timeout=2, trust_env=False, verify=NO_TLS).status_code == 200
     except httpx.TransportError:
         return False
 

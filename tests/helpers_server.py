@@ -5,6 +5,7 @@ import os
 import re
 import signal
 import socket
+import ssl
 import struct
 import subprocess
 import sys
@@ -35,6 +36,8 @@ except ArdError as error:
     print("ard:", error, file=sys.stderr)
     sys.exit(error.exit_code)
 """
+# Reading the machine's certificates takes 20 ms of CPU a client, which a poll of /readyz would take from the engine.
+NO_TLS = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
 PROMPT = [1, 2, 3]
 ENGINE_KEY = "engine-secret"
 MODEL_CONFIG: dict[str, Any] = {
@@ -128,7 +131,7 @@ class Gateway:
 
     def client(self, key: str | None = None, timeout_s: float = 30) -> httpx.Client:
         headers = {"authorization": f"Bearer {key}"} if key else {}
-        return httpx.Client(base_url=self.url, headers=headers, timeout=timeout_s, trust_env=False)
+        return httpx.Client(base_url=self.url, headers=headers, timeout=timeout_s, trust_env=False, verify=NO_TLS)
 
     def status(self, path: str) -> int:
         with self.client() as client:

@@ -83,7 +83,7 @@ def _plan_engine(config: ServeConfig, checkpoint: Checkpoint, gpus: tuple[int, .
     print_table("", ("tokens a request", "KV GiB", "fit at once"), plan.rows(checkpoint.window))
     known = flags.known_flags(config.engine_command)
     flags.check_engine_args(config.engine_args, known)
-    return flags.optional_flags(config, known, bool(gpus), kv_bytes)
+    return flags.optional_flags(config, known, bool(gpus), kv_bytes, checkpoint.window)
 
 
 def _introduce(config: ServeConfig, checkpoint: Checkpoint, native: Checkpoint) -> dict[str, Any]:

@@ -64,12 +64,14 @@ def check_engine_args(args: tuple[str, ...], known: frozenset[str]) -> None:
             raise UsageError(f"{arg} after --: this vLLM has no flag {flag}; see `{' '.join(('vllm', 'serve'))} --help=all`")
 
 
-def optional_flags(config: ServeConfig, known: frozenset[str], on_gpu: bool, kv_bytes: int | None) -> tuple[str, ...]:
+def optional_flags(
+    config: ServeConfig, known: frozenset[str], on_gpu: bool, kv_bytes: int | None, window: int
+) -> tuple[str, ...]:
     """The flags that make the engine fair to short prompts, bounded and quiet, as far as this vLLM has them."""
     batch_tokens, long_tokens = lanes(config, on_gpu)
     wanted: dict[str, tuple[str, ...]] = {
         "--max-num-batched-tokens": (str(batch_tokens),),
-        "--long-prefill-token-threshold": (str(long_tokens),),
+        "--long-prefill-token-threshold": (str(min(long_tokens, window)),),  # vLLM refuses one above its window
         "--disable-uvicorn-access-log": (),
     }
     if kv_bytes:

@@ -45,10 +45,17 @@ def test_a_flag_this_vllm_lacks_is_refused_before_it_starts() -> None:
 
 def test_only_flags_that_exist_are_added(tmp_path: Path) -> None:
     config = ServeConfig(model=tmp_path, batch_tokens=1000)
-    assert flags.optional_flags(config, KNOWN, on_gpu=False, kv_bytes=5) == ()
+    assert flags.optional_flags(config, KNOWN, on_gpu=False, kv_bytes=5, window=4096) == ()
     known = KNOWN | {"--max-num-batched-tokens", "--long-prefill-token-threshold", "--kv-cache-memory-bytes"}
-    added = flags.optional_flags(config, known, on_gpu=False, kv_bytes=5)
+    added = flags.optional_flags(config, known, on_gpu=False, kv_bytes=5, window=4096)
     assert " ".join(added) == "--max-num-batched-tokens 1000 --long-prefill-token-threshold 250 --kv-cache-memory-bytes 5"
+
+
+def test_a_small_window_bounds_the_share_of_a_long_prompt(tmp_path: Path) -> None:
+    """vLLM refuses to start with a threshold above its window."""
+    known = KNOWN | {"--long-prefill-token-threshold"}
+    added = flags.optional_flags(ServeConfig(model=tmp_path), known, on_gpu=True, kv_bytes=None, window=256)
+    assert " ".join(added) == "--long-prefill-token-threshold 256"
 
 
 def test_the_probe_reads_help_and_says_what_is_wrong_when_there_is_none(tmp_path: Path) -> None:

@@ -224,7 +224,6 @@ def test_an_engine_that_already_runs_is_attached_to_and_left_running(model: Path
         assert process.poll() is None
 
 
-@pytest.mark.timing
 @pytest.mark.slow
 def test_short_texts_go_to_a_second_engine_with_the_native_model(model: Path, tmp_path: Path) -> None:
     native = write_tiny_llama(tmp_path / "native", window=256)
@@ -244,6 +243,7 @@ def test_short_texts_go_to_a_second_engine_with_the_native_model(model: Path, tm
         assert gateway.stop() == 0
 
 
+@pytest.mark.timing
 @pytest.mark.fault("S4")
 def test_a_killed_engine_core_is_told_in_the_stream_and_replaced(gateway: Gateway) -> None:
     gateway.until_ready(300)

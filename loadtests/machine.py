@@ -27,13 +27,16 @@ def describe_machine() -> dict[str, Any]:
 
 
 def commit() -> str:
-    """The commit of the checkout that this module runs from, marked where the load tests differ from it; else nothing."""
+    """The commit of the checkout that this module runs from, marked where the load tests differ from it.
+
+    Where only the files were copied it is what the environment says in COMMIT, or nothing.
+    """
     here = str(Path(__file__).parent)
     try:
         head = _git("-C", here, "rev-parse", "--short=12", "HEAD")
         return f"{head}-dirty" if _git("-C", here, "status", "--porcelain", "--", here) else head
     except (OSError, subprocess.SubprocessError):
-        return ""
+        return os.environ.get("COMMIT", "")
 
 
 def _git(*words: str) -> str:

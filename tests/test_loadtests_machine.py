@@ -53,7 +53,10 @@ def test_commit_is_marked_where_the_code_differs_from_it(tmp_path: Path, monkeyp
     code.parent.mkdir()
     code.write_text("", encoding="utf-8")
     monkeypatch.setattr(machine, "__file__", str(code))
+    monkeypatch.delenv("COMMIT", raising=False)
     assert machine.commit() == "", "not a checkout"
+    monkeypatch.setenv("COMMIT", "0123456789ab")
+    assert machine.commit() == "0123456789ab"
     who = ["-c", "user.name=a", "-c", "user.email=a@b"]
     for words in (["init", "-q"], ["add", "."], [*who, "commit", "-qm", "first"]):
         subprocess.run(["git", "-C", str(tmp_path), *words], check=True)

@@ -230,7 +230,7 @@ def _base_folder(folder: Path, manifest: Manifest | None, base: str | None) -> P
 
 def _tasks(reader: Reader, tokenizer: PreTrainedTokenizerBase, config: EvalConfig) -> Iterator[TaskScore]:
     for path in tasks.find_tasks(config.tasks):
-        yield tasks.run_task(reader, tokenizer, path, config.limit, config.shots)
+        yield from tasks.run_task(reader, tokenizer, path, config.limit, config.shots)
     if config.harness:
         yield from harness.run_harness(reader, tokenizer, config.harness, config.limit)
 

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from ard_serve.errors import UsageError
 from restore import loading
-from restore.evaluation import harness, tasks
+from restore.evaluation import harness, primers, tasks
 from restore.evaluation.likelihood import Loaded
 from restore.evaluation.reader import Likelihood, Request
 
@@ -70,7 +71,7 @@ def test_the_harness_scores_the_same_items_alike(make_checkpoint: Callable[..., 
     by_harness = harness.run_harness(reader, tokenizer, names, None)
     assert [score.name for score in by_harness] == ["ard_choice", "ard_cloze"]
     for score in by_harness:
-        ours = tasks.run_task(reader, tokenizer, tmp_path / f"{score.name.removeprefix('ard_')}.jsonl")
+        (ours,) = tasks.run_task(reader, tokenizer, tmp_path / f"{score.name.removeprefix('ard_')}.jsonl")
         assert score.correct == ours.correct
         assert score.metrics == pytest.approx({name: ours.metrics[name] for name in score.metrics})
     queries = [str(item["query"]) for item in items]
@@ -83,6 +84,26 @@ def test_the_harness_scores_the_same_items_alike(make_checkpoint: Callable[..., 
     assert generated.correct == (1, 0) * 6
     with pytest.raises(UsageError, match="knows no task 'nonsense'"):
         harness.run_harness(reader, tokenizer, ["nonsense"], None)
+
+
+def test_likelihoods_and_texts_are_those_of_the_harness_and_its_own_model_class(make_checkpoint: Callable[..., Path]) -> None:
+    pytest.importorskip("lm_eval", reason="the extra 'harness' is not installed")
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    folder = make_checkpoint("llama3", seed=11)
+    model, tokenizer = loading.load(folder, torch.float32), loading.load_tokenizer(folder)
+    theirs = HFLM(pretrained=model, tokenizer=tokenizer, device="cpu", batch_size=4)
+    questions = [f"{primers.of('truthfulqa')[:50]}\n\nQ: {'how many ' * (i % 3)}oaks are {i}?\nA:" for i in range(8)]
+    pairs = [(question, f" {choice}") for question in questions for choice in ("a", "an oak", "an ash", "none of these")]
+    ours = Loaded(model, 1024).score(tasks.encode_pairs(tokenizer, pairs), "test")
+    found = theirs.loglikelihood([Instance("loglikelihood", {}, pair, n) for n, pair in enumerate(pairs)], disable_tqdm=True)
+    assert [one.log_prob for one in ours] == pytest.approx([log_prob for log_prob, _ in found], rel=1e-5)
+    assert [one.is_greedy for one in ours] == [greedy for _, greedy in found]
+    settings = {"until": ["e"], "max_gen_toks": 12}
+    asked = [Instance("generate_until", {}, (question, settings), n) for n, question in enumerate(questions)]
+    texts = Loaded(model, 1024).generate(questions, ["e"], 12, tokenizer, "test")
+    assert texts == theirs.generate_until(asked, disable_tqdm=True)
 
 
 def test_examples_stand_before_a_question_as_in_the_harness(make_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
@@ -106,6 +127,15 @@ def test_examples_stand_before_a_question_as_in_the_harness(make_checkpoint: Cal
 
     spy = Spy(reader.model, 4096)
     (theirs,) = harness.run_harness(spy, tokenizer, [str(tmp_path / "ard_shots.yaml")], None)
-    ours = tasks.run_task(spy, tokenizer, tmp_path / "mmlu_test.jsonl", shots=2)
+    (ours,) = tasks.run_task(spy, tokenizer, tmp_path / "mmlu_test.jsonl", shots=2)
     assert asked[0] == asked[1]
     assert theirs.correct == ours.correct
+
+
+def test_truthfulqa_is_asked_behind_the_questions_that_the_harness_asks_it_behind() -> None:
+    lm_eval = pytest.importorskip("lm_eval", reason="the extra 'harness' is not installed")
+    definition = (Path(lm_eval.__file__).parent / "tasks" / "truthfulqa" / "truthfulqa_mc1.yaml").read_text(encoding="utf-8")
+    asked = yaml.safe_load(definition)["doc_to_text"]
+    primer = primers.of("truthfulqa_mc").removesuffix("\n\n")
+    assert primer in asked.replace("\\n", "\n")
+    assert primers.of("piqa") == ""

@@ -1,6 +1,7 @@
 """Short tasks score as a plain loop over items does, whatever shares a batch."""
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ard_serve.errors import DataError
 from restore import loading
-from restore.evaluation import items, likelihood, tasks
+from restore.evaluation import items, likelihood, primers, tasks
 from restore.evaluation.likelihood import Loaded
 from restore.evaluation.reader import Likelihood, Request
 
@@ -65,7 +66,7 @@ def naive(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, context: s
 def test_multiple_choice_is_the_likeliest_choice(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tmp_path: Path, batch_tokens: int
 ) -> None:
-    found = tasks.run_task(Loaded(model, batch_tokens), tokenizer, write(tmp_path / "quiz.jsonl", CHOICES))
+    (found,) = tasks.run_task(Loaded(model, batch_tokens), tokenizer, write(tmp_path / "quiz.jsonl", CHOICES))
     sums = [[naive(model, tokenizer, i["query"], " " + c)[0] for c in i["choices"]] for i in CHOICES]
     by_character = [
         [value / len(c) for value, c in zip(row, i["choices"], strict=True)] for row, i in zip(sums, CHOICES, strict=True)
@@ -78,15 +79,35 @@ def test_multiple_choice_is_the_likeliest_choice(
 
 
 def test_hellaswag_is_judged_by_characters(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
-    found = tasks.run_task(Loaded(model, 4096), tokenizer, write(tmp_path / "hellaswag.jsonl", CHOICES))
+    (found,) = tasks.run_task(Loaded(model, 4096), tokenizer, write(tmp_path / "hellaswag.jsonl", CHOICES))
     assert found.metric == "acc_norm"
     assert found.value == pytest.approx(found.metrics["acc_norm"])
+
+
+def test_truthfulqa_is_scored_by_its_choices_and_by_the_share_of_true_answers(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    truths = [{**item, "mc2_correct": [words(i, 2), words(i, 3)], "mc2_incorrect": [words(i + 7, 3)]} for i, item in
+              enumerate(CHOICES[:6])]  # fmt: skip
+    primer = primers.of("truthfulqa_mc")
+    by_choice, by_share = tasks.run_task(Loaded(model, 4096), tokenizer, write(tmp_path / "truthfulqa_mc.jsonl", truths))
+    assert (by_choice.name, by_choice.metric) == ("truthfulqa_mc", "acc")
+    assert (by_share.name, by_share.metric) == ("truthfulqa_mc2", "mc2")
+    for item, correct, share in zip(truths, by_choice.correct, by_share.correct, strict=True):
+        choices, true, false = (
+            [naive(model, tokenizer, primer + item["query"], f" {text}")[0] for text in item[name]]
+            for name in ("choices", "mc2_correct", "mc2_incorrect")
+        )
+        assert correct == int(choices.index(max(choices)) == item["gold"])
+        weights = [math.exp(value) for value in (*true, *false)]
+        assert share == pytest.approx(sum(weights[: len(true)]) / sum(weights))
+    assert by_share.value == pytest.approx(sum(by_share.correct) / 6)
 
 
 def test_partial_context_is_the_context_that_makes_the_continuation_likeliest(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
-    found = tasks.run_task(Loaded(model, 4096), tokenizer, write(tmp_path / "winogrande.jsonl", CONTEXTS))
+    (found,) = tasks.run_task(Loaded(model, 4096), tokenizer, write(tmp_path / "winogrande.jsonl", CONTEXTS))
     sums = [[naive(model, tokenizer, c, f" {i['continuation']}")[0] for c in i["context_options"]] for i in CONTEXTS]
     assert found.correct == tuple(int(row.index(max(row)) == i["gold"]) for row, i in zip(sums, CONTEXTS, strict=True))
 
@@ -100,7 +121,7 @@ def test_a_cloze_is_right_when_it_is_what_greedy_decoding_writes(
         greedy = likelihood.continue_greedily(model, torch.tensor([tokenizer(context + " ")["input_ids"]]), 1)
         rows.append({"context": context, "continuation": str(tokenizer.decode(greedy[0].tolist())) if start % 2 else "a"})
     rows = [row for row in rows if row["continuation"].isalnum()]
-    found = tasks.run_task(Loaded(model, 4096), tokenizer, write(tmp_path / "cloze.jsonl", rows))
+    (found,) = tasks.run_task(Loaded(model, 4096), tokenizer, write(tmp_path / "cloze.jsonl", rows))
     expected = [naive(model, tokenizer, item["context"], " " + item["continuation"]) for item in rows]
     assert found.correct == tuple(int(greedy) for _, greedy in expected)
     assert found.metrics["perplexity"] == pytest.approx(
@@ -108,23 +129,8 @@ def test_a_cloze_is_right_when_it_is_what_greedy_decoding_writes(
     )
 
 
-def test_letters_of_one_question_share_a_forward_pass(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows: list[int] = []
-    original = likelihood.hidden_states
-
-    def counted(model: PreTrainedModel, ids_BT: torch.Tensor) -> torch.Tensor:
-        rows.append(len(ids_BT))
-        return original(model, ids_BT)
-
-    monkeypatch.setattr(likelihood, "hidden_states", counted)
-    requests = [Request((1, 2, 3), (letter,)) for letter in range(65, 69)]
-    scored = likelihood.score(model, requests, 4096, "letters")
-    assert rows == [1]
-    assert len({value.log_prob for value in scored}) == 4
-
-
 def test_spaces_that_end_a_context_belong_to_the_continuation(tokenizer: PreTrainedTokenizerBase) -> None:
-    assert tasks.encode_pair(tokenizer, "a  ", "b") == tasks.encode_pair(tokenizer, "a", "  b")
+    assert tasks.encode_pairs(tokenizer, [("a  ", "b")]) == tasks.encode_pairs(tokenizer, [("a", "  b")])
 
 
 def test_a_limit_takes_items_from_the_whole_file(tmp_path: Path) -> None:
@@ -198,7 +204,7 @@ def test_problems_are_written_out_as_one_at_a_time(
         assert text == str(tokenizer.decode(alone[0, ids.shape[1] :], skip_special_tokens=True)).split("e")[0]
     path = write(tmp_path / "sums.jsonl", [{"question": str(i), "answer": f"#### {i}", "final": str(i)} for i in range(5)])
     monkeypatch.setattr(Loaded, "generate", lambda self, prompts, *_: [f"#### {len(p) and p[10]}" for p in prompts[:4]] + [""])
-    found = tasks.run_task(Loaded(model, 1), tokenizer, path)
+    (found,) = tasks.run_task(Loaded(model, 1), tokenizer, path)
     assert (found.metric, found.correct) == ("exact_match", (1, 1, 1, 1, 0))
 
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from restore.evaluation.results import Comparison, Evaluation
+from restore.evaluation.results import Comparison, Evaluation, TaskScore
 
 _BOOTSTRAP_DRAWS = 10_000
 
@@ -32,11 +32,18 @@ def paired_bootstrap(before: Sequence[float], after: Sequence[float], seed: int 
     return float((1 + (np.abs(means) >= abs(differences.mean()) - 1e-12).sum()) / (1 + _BOOTSTRAP_DRAWS))
 
 
+def task_p_value(before: TaskScore, after: TaskScore) -> float:
+    """The p-value of "no difference" of two scores on the same items: McNemar's, or where items are shares a bootstrap's."""
+    if {*before.correct, *after.correct} <= {0, 1}:
+        return mcnemar(tuple(map(int, before.correct)), tuple(map(int, after.correct)))
+    return paired_bootstrap(before.correct, after.correct)
+
+
 def compare(reference: Evaluation, model: Evaluation) -> list[Comparison]:
     """Every figure both models have: tasks by McNemar; perplexity and retrieval by a paired bootstrap."""
     pairs = [(score, other) for score in reference.tasks if (other := model.task(score.name)) is not None]
     rows: list[tuple[str, float, float, float | None]] = [
-        (score.name, score.value, other.value, mcnemar(score.correct, other.correct))
+        (score.name, score.value, other.value, task_p_value(score, other))
         for score, other in pairs
         if len(score.correct) == len(other.correct)
     ]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from itertools import takewhile
 
 from ard_serve.errors import UsageError
-from restore.evaluation.compare import mcnemar
+from restore.evaluation.compare import task_p_value
 from restore.evaluation.config import GateConfig
 from restore.evaluation.results import Evaluation, EvaluationReport, TaskScore, mean_stderr
 
@@ -50,7 +50,7 @@ def _short_failures(native: Evaluation, restored: Evaluation, limits: GateConfig
         if after + _STANDARD_ERRORS * spread < limits.retention * before:
             yield f"mean short-task retention {after / before:.3f} ± {spread / before:.3f}, limit {limits.retention:g}"
     for task, other in pairs:
-        p_value = mcnemar(task.correct, other.correct)
+        p_value = task_p_value(task, other)
         # All tasks together may raise a false alarm as often as one alone would.
         if other.value < task.value and p_value < (least := limits.significance / len(pairs)):
             yield f"{task.name} {task.value:.3f} to {other.value:.3f}, p = {p_value:.2g}, limit {least:.2g}"

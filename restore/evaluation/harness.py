@@ -68,7 +68,7 @@ def _task_score(name: str, samples: Sequence[dict[str, Any]]) -> TaskScore:
         raise UsageError(f"harness: task '{name}' reports none of {', '.join(_METRICS)}; choose another task")
     metric = "acc_norm" if name in NORMALIZED and "acc_norm" in measured else measured[0]
     metrics = {each: sum(float(sample[each]) for sample in samples) / len(samples) for each in measured}
-    return TaskScore(name=name, metric=metric, metrics=metrics, correct=tuple(int(sample[metric]) for sample in samples))
+    return TaskScore(name=name, metric=metric, metrics=metrics, correct=tuple(float(sample[metric]) for sample in samples))
 
 
 def _language_model(reader: Reader, tokenizer: "PreTrainedTokenizerBase") -> Any:

@@ -2,7 +2,8 @@
 
 A file is one task; its items are of one kind, told by their fields:
   cloze            {"context", "continuation"}                 right when greedy decoding writes " " + continuation
-  choice           {"query", "choices", "gold"}                the most likely " " + choice after the query
+  choice           {"query", "choices", "gold"}                the most likely " " + choice after the query; with "mc2_correct"
+                                                               and "mc2_incorrect" also what share of these the right ones take
   partial context  {"context_options", "continuation", "gold"} the context under which " " + continuation is most likely
   problem          {"question", "answer", "final"}             the number the model comes to when it writes an answer itself
 """
@@ -25,13 +26,18 @@ _STATED, _LAST = re.compile(r"#### (-?[0-9.,]+)"), re.compile(r"-?[$0-9.,]{2,}|-
 
 @dataclass(frozen=True)
 class Item:
-    """One question as (context, continuation) pairs, of which number `gold` is right; `final` is a problem's number."""
+    """One question as (context, continuation) pairs, of which number `gold` is right; `final` is a problem's number.
+
+    The last `weighed` pairs are no choices: TruthfulQA asks of them which share of likelihood the first `true` take (MC2).
+    """
 
     pairs: tuple[tuple[str, str], ...]
     gold: int
     kind: Literal["cloze", "choice", "problem"]
     subject: str = ""
     final: str = ""
+    true: int = 0
+    weighed: int = 0
 
     @property
     def solved(self) -> str:
@@ -43,12 +49,20 @@ class Item:
         return replace(self, pairs=tuple((examples + context, continuation) for context, continuation in self.pairs))
 
     def judge(self, likelihoods: Sequence[Likelihood]) -> dict[str, float]:
-        """The item's metrics: acc and nll for a cloze, else acc and acc_norm (by characters of the choice)."""
+        """The item's metrics: acc and nll for a cloze, else acc and acc_norm (by characters of the choice), mc2 if asked."""
         if self.kind == "cloze":
             return {"acc": float(likelihoods[0].is_greedy), "nll": -likelihoods[0].log_prob}
+        choices = len(self.pairs) - self.weighed
         by_sum = [likelihood.log_prob for likelihood in likelihoods]
-        by_character = [value / (len(text) - 1) for value, (_, text) in zip(by_sum, self.pairs, strict=True)]
-        return {"acc": float(np.argmax(by_sum) == self.gold), "acc_norm": float(np.argmax(by_character) == self.gold)}
+        by_character = [value / (len(text) - 1) for value, (_, text) in zip(by_sum[:choices], self.pairs, strict=False)]
+        found = {
+            "acc": float(np.argmax(by_sum[:choices]) == self.gold),
+            "acc_norm": float(np.argmax(by_character) == self.gold),
+        }
+        if self.weighed:
+            shares = np.exp(np.array(by_sum[choices:]) - max(by_sum[choices:]))
+            found["mc2"] = float(shares[: self.true].sum() / shares.sum())
+        return found
 
     def judge_text(self, written: str) -> dict[str, float]:
         """A problem's metrics: is its number stated behind ####, and is it the last number at all."""
@@ -79,7 +93,7 @@ def read_items(path: Path, limit: int | None = None) -> list[Item]:
 def _parse(path: Path, number: int, line: str) -> Item:
     try:
         item = _item(json.loads(line))
-        usable = 0 <= item.gold < len(item.pairs) and all(a.strip() and b.strip() for a, b in item.pairs)
+        usable = 0 <= item.gold < len(item.pairs) - item.weighed and all(a.strip() and b.strip() for a, b in item.pairs)
     except (ValueError, KeyError, TypeError, AttributeError):
         usable = False
     if not usable:
@@ -93,15 +107,16 @@ def _parse(path: Path, number: int, line: str) -> Item:
 def _item(fields: dict[str, Any]) -> Item:
     subject = str(fields.get("subject", ""))
     if "choices" in fields:
-        pairs = [(fields["query"], " " + choice) for choice in fields["choices"]]
-    elif "context_options" in fields:
-        pairs = [(context, " " + fields["continuation"]) for context in fields["context_options"]]
-    elif "final" in fields:
-        asked = (f"Question: {fields['question']}\nAnswer:", " " + fields["answer"])
+        true, false = fields.get("mc2_correct", []), fields.get("mc2_incorrect", [])
+        pairs = tuple((fields["query"], f" {text}") for text in (*fields["choices"], *true, *false))
+        return Item(pairs, int(fields["gold"]), "choice", subject, true=len(true), weighed=len(true) + len(false))
+    if "context_options" in fields:
+        pairs = tuple((context, f" {fields['continuation']}") for context in fields["context_options"])
+        return Item(pairs, int(fields["gold"]), "choice", subject)
+    if "final" in fields:
+        asked = (f"Question: {fields['question']}\nAnswer:", f" {fields['answer']}")
         return Item((asked,), 0, "problem", subject, str(fields["final"]))
-    else:
-        return Item(((fields["context"], " " + fields["continuation"]),), 0, "cloze", subject)
-    return Item(tuple(pairs), int(fields["gold"]), "choice", subject)
+    return Item(((fields["context"], f" {fields['continuation']}"),), 0, "cloze", subject)
 
 
 def _plain(number: str) -> str:

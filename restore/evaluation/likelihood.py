@@ -3,9 +3,8 @@
 Shapes: B batch, T tokens, C hidden channels, N rows that are scored, V vocabulary.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 import numpy as np
 import torch
@@ -14,11 +13,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicCache
 
 from ard_serve.console import progress
+from restore.evaluation.batches import cut
+from restore.evaluation.generation import generate
+from restore.evaluation.packing import Ids, Pack, collate, pack
 from restore.evaluation.reader import Likelihood, Request
 
+# Least and most tokens of a row that several sequences share. Longer ones share more, but each token's attention passes over
+# its whole row, on the CPU for a third of the time at 1,024. Twice the longest sequence came out best on the short suite.
+_ROW_TOKENS = (256, 2048)
 # Rows of float32 logits alive at once: 256 x 150,000 entries are 150 MB.
 _HEAD_ROWS = 256
-_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -35,7 +39,7 @@ class Loaded:
     def log_probs(self, rows: Sequence[Sequence[int]], positions: Sequence[int], advance: Callable[[int], None]) -> np.ndarray:
         at = torch.tensor(positions)
         found = []
-        for batch in _batches(rows, len, self.batch_tokens):
+        for batch in cut(rows, len, self.batch_tokens):
             ids_BT = torch.tensor([list(row) for row in batch])
             for ids_T, hidden_TC in zip(ids_BT, hidden_states(self.model, ids_BT), strict=True):
                 found.append(token_log_probs(self.model, hidden_TC[at.to(hidden_TC.device) - 1], ids_T[at])[0].double())
@@ -43,7 +47,7 @@ class Loaded:
         return torch.stack(found).numpy()
 
     def continue_greedily(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[list[int]]:
-        batches = _batches(prompts, len, self.batch_tokens)
+        batches = cut(prompts, len, self.batch_tokens)
         return [
             row
             for batch in batches
@@ -59,19 +63,24 @@ class Loaded:
         description: str,
     ) -> list[str]:
         rows = [tokenizer(prompt)["input_ids"] for prompt in prompts]
-        order = sorted(range(len(rows)), key=lambda index: -len(rows[index]))
         texts: dict[int, str] = {}
         with progress(description, len(rows)) as bar:
-            for batch in _batches(order, lambda index: len(rows[index]) + new_tokens, self.batch_tokens):
-                written = _generate(self.model, [rows[index] for index in batch], stops, new_tokens, tokenizer)
-                texts.update(zip(batch, written, strict=True))
-                bar.advance(len(batch))
+            for index, text in generate(self.model, tokenizer, rows, stops, new_tokens, self.batch_tokens):
+                texts[index] = text
+                bar.advance()
         return [texts[index] for index in range(len(rows))]
 
 
-def hidden_states(model: PreTrainedModel, ids_BT: Tensor) -> Tensor:
-    """Final hidden states [B, T, C] of tokens on the CPU; causal, so padding on the right changes nothing before it."""
-    hidden: Tensor = model.model(input_ids=ids_BT.to(model.device), use_cache=False).last_hidden_state
+def hidden_states(
+    model: PreTrainedModel, ids_BT: Tensor, positions_BT: Tensor | None = None, mask_B1TT: Tensor | None = None
+) -> Tensor:
+    """Final hidden states [B, T, C] of tokens on the CPU.
+
+    Without positions and a mask (True where seen) attention is causal, so that padding on the right changes nothing before it.
+    """
+    where = {"position_ids": positions_BT, "attention_mask": mask_B1TT}
+    given = {name: tensor.to(model.device) for name, tensor in where.items() if tensor is not None}
+    hidden: Tensor = model.model(input_ids=ids_BT.to(model.device), use_cache=False, **given).last_hidden_state
     return hidden
 
 
@@ -90,50 +99,48 @@ def token_log_probs(model: PreTrainedModel, hidden_NC: Tensor, targets_N: Tensor
 
 @torch.inference_mode()
 def score(model: PreTrainedModel, requests: Sequence[Request], batch_tokens: int, description: str) -> list[Likelihood]:
-    """Score every request, longest first, in batches of at most `batch_tokens` padded tokens.
-
-    Requests that read the same tokens, such as the letters of one multiple-choice question, share one row.
-    """
-    readers: dict[tuple[int, ...], list[int]] = {}
+    """Score every request, in batches of at most `batch_tokens` padded tokens; what requests share is read once."""
+    readers: dict[Ids, list[int]] = {}
     for index, request in enumerate(requests):
         readers.setdefault(request.context + request.continuation[:-1], []).append(index)
     results: dict[int, Likelihood] = {}
+    packs = sorted(pack(list(readers), _capacity(model, max(map(len, readers), default=0))), key=len, reverse=True)
+    # Apart, so that a long sequence alone in its row is read without a mask.
+    alone, shared = ([one for one in packs if (len(one.paths) == 1) is single] for single in (True, False))
     with progress(description, len(requests)) as bar:
-        for batch in _batches(sorted(readers, key=lambda row: (-len(row), row)), len, batch_tokens):
-            places = [(place, index) for place, row in enumerate(batch) for index in readers[row]]
-            spans = [(place, requests[index].continuation) for place, index in places]
-            scored = _score_batch(model, batch, spans)
-            results.update(zip((index for _, index in places), scored, strict=True))
+        for batch in (*cut(alone, len, batch_tokens), *cut(shared, len, batch_tokens)):
+            places = [
+                (row, path, index) for row, one in enumerate(batch) for ids, path in one.paths.items() for index in readers[ids]
+            ]
+            spans = [(row, path, requests[index].continuation) for row, path, index in places]
+            results.update(zip((index for *_, index in places), _score_batch(model, batch, spans), strict=True))
             bar.advance(len(places))
     return [results[index] for index in range(len(requests))]
 
 
+def _capacity(model: PreTrainedModel, longest: int) -> int:
+    """Tokens of a row that sequences of at most `longest` share: none where the attention takes no mask of its own."""
+    if model.config._attn_implementation != "sdpa":
+        return 0
+    least, most = _ROW_TOKENS
+    # Our mask replaces the model's: rows end before its window begins to slide.
+    return min(max(2 * longest, least), most, getattr(model.config, "sliding_window", None) or most)
+
+
 def _score_batch(
-    model: PreTrainedModel, rows: Sequence[tuple[int, ...]], spans: Sequence[tuple[int, tuple[int, ...]]]
+    model: PreTrainedModel, packs: Sequence[Pack], spans: Sequence[tuple[int, np.ndarray, Ids]]
 ) -> list[Likelihood]:
-    """Score each span (row, continuation): a row's last hidden states predict its continuation."""
-    ids_BT = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
-    hidden_BTC = hidden_states(model, ids_BT)
-    hidden_NC = torch.cat([hidden_BTC[row, len(rows[row]) - len(span) : len(rows[row])] for row, span in spans])
-    targets_N = torch.tensor([token for _, span in spans for token in span])
+    """Score each span (row, path of the sequence, continuation): a path's last hidden states predict its continuation."""
+    ids_BT, positions_BT, mask_B1TT = collate(packs)
+    hidden_BTC = hidden_states(model, ids_BT, positions_BT, mask_B1TT)
+    hidden_NC = torch.cat([hidden_BTC[row, path[len(path) - len(span) :]] for row, path, span in spans])
+    targets_N = torch.tensor([token for *_, span in spans for token in span])
     log_probs_N, greedy_N = token_log_probs(model, hidden_NC, targets_N)
-    sizes = [len(span) for _, span in spans]
+    sizes = [len(span) for *_, span in spans]
     return [
         Likelihood(float(log_probs.double().sum()), bool(greedy.all()))
         for log_probs, greedy in zip(torch.split(log_probs_N, sizes), torch.split(greedy_N, sizes), strict=True)
     ]
-
-
-def _batches(items: Sequence[_T], size: Callable[[_T], int], batch_tokens: int) -> Iterator[list[_T]]:
-    """Cut items, longest first, into batches whose padded size stays within `batch_tokens`; one item at least."""
-    batch: list[_T] = []
-    for item in items:
-        if batch and size(batch[0]) * (len(batch) + 1) > batch_tokens:
-            yield batch
-            batch = []
-        batch.append(item)
-    if batch:
-        yield batch
 
 
 @torch.inference_mode()
@@ -146,23 +153,3 @@ def continue_greedily(model: PreTrainedModel, ids_BT: Tensor, new_tokens: int) -
         step_BT = model.lm_head(output.last_hidden_state[:, -1]).float().argmax(-1, keepdim=True)
         written.append(step_BT.cpu())
     return torch.cat(written, dim=1)
-
-
-@torch.inference_mode()
-def _generate(
-    model: PreTrainedModel, rows: Sequence[list[int]], stops: Sequence[str], new_tokens: int, tokenizer: PreTrainedTokenizerBase
-) -> list[str]:
-    """Text after each row, which stand padded on the left; the mask sets their positions right."""
-    longest = max(map(len, rows))
-    padding: int = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
-    written = model.generate(  # type: ignore[operator]
-        input_ids=torch.tensor([[padding] * (longest - len(row)) + row for row in rows], device=model.device),
-        attention_mask=torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=model.device),
-        do_sample=False,
-        max_new_tokens=new_tokens,
-        stop_strings=list(stops) or None,
-        tokenizer=tokenizer,
-        pad_token_id=padding,
-    )
-    texts = tokenizer.batch_decode(written[:, longest:], skip_special_tokens=True)
-    return [min((text.split(stop)[0] for stop in stops), key=len, default=text) for text in texts]

@@ -67,12 +67,12 @@ class NeedleScore(_Record):
 
 
 class TaskScore(_Record):
-    """One short task. `metric` names the headline among `metrics`; `correct` holds its items in file order."""
+    """One short task. `metric` names the headline among `metrics`; `correct` holds its items in file order, 0, 1 or a share."""
 
     name: str
     metric: str
     metrics: dict[str, float]
-    correct: tuple[int, ...]
+    correct: tuple[int, ...] | tuple[float, ...]
 
     @property
     def value(self) -> float:

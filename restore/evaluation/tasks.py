@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ard_serve.errors import DataError
+from restore.evaluation import primers
 from restore.evaluation.items import Item, read_items
 from restore.evaluation.reader import Reader, Request
 from restore.evaluation.results import TaskScore
@@ -39,20 +40,28 @@ def find_tasks(sources: Sequence[str]) -> list[Path]:
 
 def run_task(
     reader: Reader, tokenizer: "PreTrainedTokenizerBase", path: Path, limit: int | None = None, shots: int = 0
-) -> TaskScore:
-    """Score a model on one task file, each question behind `shots` solved ones where a pool of examples lies beside it."""
-    before = _examples(path, shots)
-    items = [item.after(before.get(item.subject, "")) for item in read_items(path, limit)]
+) -> list[TaskScore]:
+    """Score a model on one task file, each question behind `shots` solved ones where a pool of examples lies beside it.
+
+    TruthfulQA has two scores: the right choice, and as a task of its own the share of likelihood that true answers take.
+    """
+    before, primer = _examples(path, shots), primers.of(path.stem)
+    items = [item.after(before.get(item.subject, primer)) for item in read_items(path, limit)]
     judged = (
         _solve(reader, tokenizer, path.stem, items)
         if items[0].kind == "problem"
         else _weigh(reader, tokenizer, path.stem, items)
     )
+    shares = tuple(item.pop("mc2") for item in judged if "mc2" in item)
     metrics = {name: sum(item[name] for item in judged) / len(judged) for name in judged[0]}
     if "nll" in metrics:
         metrics["perplexity"] = math.exp(min(metrics.pop("nll"), 700.0))
     metric = "acc_norm" if path.stem in NORMALIZED and "acc_norm" in metrics else next(iter(metrics))
-    return TaskScore(name=path.stem, metric=metric, metrics=metrics, correct=tuple(int(item[metric]) for item in judged))
+    scores = [TaskScore(name=path.stem, metric=metric, metrics=metrics, correct=tuple(int(item[metric]) for item in judged))]
+    if len(shares) == len(judged):
+        name = f"{path.stem.removesuffix('_mc')}_mc2"
+        scores.append(TaskScore(name=name, metric="mc2", metrics={"mc2": sum(shares) / len(shares)}, correct=shares))
+    return scores
 
 
 def _solve(reader: Reader, tokenizer: "PreTrainedTokenizerBase", name: str, items: Sequence[Item]) -> list[dict[str, float]]:
@@ -62,7 +71,7 @@ def _solve(reader: Reader, tokenizer: "PreTrainedTokenizerBase", name: str, item
 
 
 def _weigh(reader: Reader, tokenizer: "PreTrainedTokenizerBase", name: str, items: Sequence[Item]) -> list[dict[str, float]]:
-    likelihoods = reader.score([encode_pair(tokenizer, *pair) for item in items for pair in item.pairs], name)
+    likelihoods = reader.score(encode_pairs(tokenizer, [pair for item in items for pair in item.pairs]), name)
     judged, at = [], 0
     for item in items:
         judged.append(item.judge(likelihoods[at : at + len(item.pairs)]))
@@ -70,14 +79,24 @@ def _weigh(reader: Reader, tokenizer: "PreTrainedTokenizerBase", name: str, item
     return judged
 
 
-def encode_pair(tokenizer: "PreTrainedTokenizerBase", context: str, continuation: str) -> Request:
-    """Tokenize both together and cut where the context ends, so that no token is one the model would not have met."""
+def encode_pairs(tokenizer: "PreTrainedTokenizerBase", pairs: Sequence[tuple[str, str]]) -> list[Request]:
+    """Tokenize context and continuation together and cut where the context ends: no token is one the model would not meet.
+
+    All at once, and a context that several continuations follow once only.
+    """
+    pairs = [_spaces_moved(*pair) for pair in pairs]
+    contexts = list(dict.fromkeys(context for context, _ in pairs))
+    read = dict(zip(contexts, map(len, tokenizer(contexts)["input_ids"]), strict=True))
+    whole = tokenizer([context + continuation for context, continuation in pairs])["input_ids"]
+    return [
+        Request(tuple(ids[: read[context]]), tuple(ids[read[context] :]))
+        for ids, (context, _) in zip(whole, pairs, strict=True)
+    ]
+
+
+def _spaces_moved(context: str, continuation: str) -> tuple[str, str]:
     spaces = len(context) - len(context.rstrip())
-    if spaces:
-        context, continuation = context[:-spaces], context[-spaces:] + continuation
-    whole = tokenizer(context + continuation)["input_ids"]
-    read = len(tokenizer(context)["input_ids"])
-    return Request(tuple(whole[:read]), tuple(whole[read:]))
+    return (context[:-spaces], context[-spaces:] + continuation) if spaces else (context, continuation)
 
 
 def _examples(task: Path, count: int) -> dict[str, str]:

@@ -38,6 +38,8 @@ def setup_logging(verbose: bool = False) -> None:
     logging.basicConfig(level=logging.DEBUG if verbose else logging.INFO, handlers=[handler], force=True)
     for noisy in ("httpx", "httpcore", "filelock", "asyncio", "urllib3", "matplotlib"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+    # Warns, where it is imported, of a kernel for CPUs that it does without.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 @contextmanager

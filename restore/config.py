@@ -96,6 +96,9 @@ class RestoreConfig(Settings):
     )
 
     dtype: Literal["bf16", "fp32"] = Field("bf16", description="dtype of the frozen weights and the arithmetic: bf16 or fp32")
+    quantize: Literal["4bit", "8bit"] | None = Field(
+        None, description="keep the frozen weights of the layers in 4bit (NF4) or 8bit; the export adds to the original ones"
+    )
     shard: Literal["auto", "on", "off"] = Field(
         "auto",
         description="spread the frozen weights over several processes; auto does where the model does not fit one device",
@@ -117,6 +120,10 @@ class RestoreConfig(Settings):
             raise ValueError(f"jump_share + cut_share = {self.jump_share + self.cut_share:g}: together at most 1")
         if self.alpha is not None and self.trainable == "full":
             raise ValueError("alpha belongs to trainable 'lora', this run trains full-rank deltas")
+        if self.quantize is not None and self.trainable == "full":
+            raise ValueError("quantize belongs to trainable 'lora': full-rank deltas are larger than what it saves")
+        if self.quantize is not None and self.shard == "on":
+            raise ValueError("quantize and shard: every process holds a quantised model whole; use one of the two")
         return self
 
     def plan_rope(self, base: Mapping[str, Any]) -> RopePlan:

@@ -1,6 +1,7 @@
 """Whether a run fits the memory there is, before it starts; whether sharded; and if neither, what would."""
 
-from collections.abc import Mapping
+from bisect import bisect_left
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import psutil
@@ -10,11 +11,13 @@ from ard_serve.errors import ResourceError, UsageError
 from restore.config import RestoreConfig
 from restore.forecast import Forecast, forecast
 from restore.parallel import ALONE, World
-from restore.plan import plan_steps
+from restore.plan import Plan, plan_steps
+from restore.quantize import is_available
 from restore.rope import RopePlan
 
 # Below these, a run would teach nothing worth having.
 _SHORTEST_WINDOW, _LOWEST_RANK = 512, 8
+_PROCESSES = (2, 4, 8, 16)
 
 
 def check_memory(
@@ -31,21 +34,44 @@ def check_memory(
     """
     if config.shard == "on" and world.size == 1:
         raise UsageError("shard = on: one process has nobody to share with; start several with torchrun (docs/training.md)")
-    choices = ("off", "on") if config.shard == "auto" and world.size > 1 else ("on" if config.shard == "on" else "off",)
-    free_bytes = _free_bytes(device)
-    for shard in choices:
-        settled = config.model_copy(update={"shard": shard})
-        needed = forecast(base, rope, settled, world.size)
+    ways = _ways(config, world)
+    whole, free_bytes = forecast(base, rope, config), _free_bytes(device)
+    for shard in ways:
+        needed = whole.sharded(world.size) if shard == "on" else whole
         # Devices need not be equally free, and all processes must come to the same end.
         if not world.any(needed.peak_bytes > free_bytes, device):
-            return settled, needed
-    remedy = _what_fits(base, rope, settled, free_bytes, world.size)
-    raise ResourceError(f"{device}: this run needs about {needed}, {free_bytes / 1e9:.1f} GB are free; {remedy}")
+            return config.model_copy(update={"shard": shard}), needed
+    remedy = _smaller(base, rope, config, free_bytes, world.size if "on" in ways else 1)
+    others = () if config.quantize else _otherwise(base, rope, config, whole, free_bytes)
+    told = "; ".join([remedy, *others])
+    raise ResourceError(f"{device}: this run needs about {needed}, {free_bytes / 1e9:.1f} GB are free; {told}")
 
 
-def _what_fits(base: Mapping[str, Any], rope: RopePlan, config: RestoreConfig, free_bytes: int, processes: int) -> str:
-    """Halve the windows, the long one first, then the rank, until a run fits."""
-    plan = plan_steps(config, rope)
+def _ways(config: RestoreConfig, world: World) -> tuple[str, ...]:
+    """Whether to shard, in the order in which it is tried."""
+    if config.shard != "auto":
+        return (config.shard,)
+    return ("off", "on") if world.size > 1 and config.quantize is None else ("off",)
+
+
+def _smaller(base: Mapping[str, Any], rope: RopePlan, config: RestoreConfig, free_bytes: int, processes: int) -> str:
+    """The largest run of ever smaller ones that fits on one of the `processes`."""
+    smaller = list(_shrinking(config, plan_steps(config, rope)))
+
+    def fits(index: int) -> bool:
+        needed = forecast(base, rope, config.model_copy(update=smaller[index]))
+        return (needed.sharded(processes) if processes > 1 else needed).peak_bytes <= free_bytes
+
+    # Each needs less than the one before, and a forecast takes seconds.
+    first = bisect_left(range(len(smaller)), True, key=fits)
+    if first == len(smaller):
+        return "no smaller window or rank would fit: use a smaller model or another device"
+    flags = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in smaller[first].items())
+    return f"{flags} would fit"
+
+
+def _shrinking(config: RestoreConfig, plan: Plan) -> Iterator[dict[str, int]]:
+    """Halve the long window, then the window, then the rank."""
     window, long_window, rank = plan.window, plan.long_window, config.rank
     while True:
         if long_window > window and plan.long_windows:
@@ -55,10 +81,22 @@ def _what_fits(base: Mapping[str, Any], rope: RopePlan, config: RestoreConfig, f
         elif rank > _LOWEST_RANK and config.trainable == "lora":
             rank //= 2
         else:
-            return "no smaller window or rank would fit: use a smaller model or another device"
-        smaller = config.model_copy(update={"window": window, "long_window": long_window, "rank": rank})
-        if forecast(base, rope, smaller, processes).peak_bytes <= free_bytes:
-            return f"--window {window} --long-window {long_window} --rank {rank} would fit"
+            return
+        yield {"window": window, "long_window": long_window, "rank": rank}
+
+
+def _otherwise(
+    base: Mapping[str, Any], rope: RopePlan, config: RestoreConfig, whole: Forecast, free_bytes: int
+) -> Iterator[str]:
+    """What would fit with the windows and the rank as they are."""
+    if config.trainable == "lora" and is_available():
+        packed = config.model_copy(update={"quantize": "4bit", "shard": "off"})
+        if forecast(base, rope, packed).peak_bytes <= free_bytes:
+            yield "--quantize 4bit would fit"
+    for processes in _PROCESSES:
+        if whole.sharded(processes).peak_bytes <= free_bytes:
+            yield f"{processes} devices as this one would share it (torchrun)"
+            return
 
 
 def _free_bytes(device: torch.device) -> int:

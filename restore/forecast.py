@@ -7,7 +7,8 @@ model's size is allocated, so a forecast takes seconds for any model, and it fol
 
 import weakref
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,11 +23,13 @@ from restore.inspection import transformers_config
 from restore.model import TwoFaced
 from restore.objectives import Losses
 from restore.plan import plan_steps
+from restore.quantize import QuantizedLinear, quantize
 from restore.rope import RopePlan
 
 _FEW, _MORE = 2, 3
-# Longer windows are extrapolated from this many tokens and half of them; by then a layer's work outweighs a chunk of logits.
-_LONGEST_MEASURED = 32_768
+# More tokens are extrapolated from so many and half of them. By then a layer's work outweighs a chunk of logits, even of a
+# small model with a large vocabulary; from fewer tokens the line would be too flat.
+_LONGEST_MEASURED = 131_072
 # Adapter, gradient, two moments of AdamW and the best weights so far, in fp32.
 BYTES_PER_TRAINED = 20
 # Of a sharded model, a process holds at most so many layers whole: the one that runs, the next, and the next as it arrives.
@@ -42,10 +45,18 @@ class Forecast:
     """Adapters, their gradients, the optimizer's state and the best adapters so far."""
     step_bytes: int
     """What a step adds: checkpoints, one layer's work, a chunk of logits."""
+    layer_bytes: int
+    """The frozen weights of one decoder layer."""
+    layers: int
 
     @property
     def peak_bytes(self) -> int:
         return self.weights_bytes + self.trained_bytes + self.step_bytes
+
+    def sharded(self, processes: int) -> "Forecast":
+        """The same for one of several processes that hold a share of every layer each."""
+        held = min(self.layers, _WHOLE_LAYERS) * self.layer_bytes + -(-self.layers * self.layer_bytes // processes)
+        return replace(self, weights_bytes=self.weights_bytes - self.layers * self.layer_bytes + held)
 
     def __str__(self) -> str:
         parts = (self.peak_bytes, self.weights_bytes, self.trained_bytes, self.step_bytes)
@@ -53,22 +64,21 @@ class Forecast:
         return f"{peak} (weights {weights}, adapters and optimizer {trained}, a step {step})"
 
 
-def forecast(base: Mapping[str, Any], rope: RopePlan, config: RestoreConfig, processes: int = 1) -> Forecast:
-    """Forecast a run from the model's config.json alone.
+def forecast(base: Mapping[str, Any], rope: RopePlan, config: RestoreConfig) -> Forecast:
+    """Forecast a run on one device from the model's config.json alone.
 
     Args:
         base: the contents of config.json.
         rope: how far it is stretched.
-        config: the run; with `shard` "on", its layers are spread over the processes.
-        processes: how many there are.
+        config: the run.
+
+    Raises:
+        UsageError: it is to be quantised, and bitsandbytes is not installed.
     """
     layers = int(base["num_hidden_layers"])
     few, more = (_measure(base, rope, config, count) for count in (_FEW, _MORE))
     weights, trained, distilling, reading = (low + (layers - _FEW) * (high - low) for low, high in zip(few, more, strict=True))
-    if config.shard == "on":
-        layer = more[0] - few[0]
-        weights += -(-layers * layer // processes) + min(_WHOLE_LAYERS, layers) * layer - layers * layer
-    return Forecast(weights, trained, max(distilling, reading))
+    return Forecast(weights, trained, max(distilling, reading), more[0] - few[0], layers)
 
 
 def _measure(base: Mapping[str, Any], rope: RopePlan, config: RestoreConfig, layers: int) -> tuple[int, int, int, int]:
@@ -80,6 +90,9 @@ def _measure(base: Mapping[str, Any], rope: RopePlan, config: RestoreConfig, lay
     dtype = torch.bfloat16 if config.dtype == "bf16" else torch.float32
     with torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(transformers_config(shape), dtype=dtype)  # type: ignore[no-untyped-call]
+    if config.quantize:
+        quantize(model, config.quantize, torch.device("meta"))
+    with torch.device("meta"):
         faces = TwoFaced(model, rope, config)
     with FakeTensorMode():
         _materialise(faces)
@@ -87,22 +100,34 @@ def _measure(base: Mapping[str, Any], rope: RopePlan, config: RestoreConfig, lay
             parameter.grad = torch.zeros_like(parameter)
         trained = sum(parameter.numel() for parameter in faces.adapters.parameters())
         weights = sum(weight.untyped_storage().nbytes() for weight in model.parameters() if not weight.requires_grad)
+        weights += sum(packed.nbytes for module in model.modules() if isinstance(module, QuantizedLinear)
+                       for packed in module.buffers(recurse=False))  # fmt: skip
         losses = Losses(faces, config.weights)
 
         def read(ids_BT: Tensor) -> Any:
             return losses.language_model(ids_BT, torch.ones(1, dtype=torch.long))
 
-        def peak_bytes(loss: Callable[[Tensor], Any], length: int, rows: int = 1) -> int:
-            if length > _LONGEST_MEASURED:
-                half, whole = peak_bytes(loss, _LONGEST_MEASURED // 2, rows), peak_bytes(loss, _LONGEST_MEASURED, rows)
-                return whole + (whole - half) * (length - _LONGEST_MEASURED) // (_LONGEST_MEASURED // 2)
+        def peak_bytes(loss: Callable[[Tensor], Any], windows: int, length: int) -> int:
             with _Peak(model) as peak:
-                torch.autograd.backward(loss(torch.zeros(rows, length, dtype=torch.long))[0])
+                torch.autograd.backward(loss(torch.zeros(windows, length, dtype=torch.long))[0])
             return int(peak.bytes)
 
-        distilling = peak_bytes(losses.distil, plan.window, plan.windows_at_once) if plan.short_windows else 0
-        reading = peak_bytes(read, plan.long_window) if plan.long_windows else 0
+        distil = partial(peak_bytes, losses.distil)
+        distilling = _extrapolated(distil, plan.windows_at_once, plan.window) if plan.short_windows else 0
+        reading = _extrapolated(partial(peak_bytes, read), 1, plan.long_window) if plan.long_windows else 0
     return weights, BYTES_PER_TRAINED * trained, distilling, reading
+
+
+def _extrapolated(peak_bytes: Callable[[int, int], int], windows: int, length: int) -> int:
+    """`peak_bytes` of so many windows of that length, by a straight line from as many tokens as are measured."""
+    if length > _LONGEST_MEASURED:
+        half, whole = (_extrapolated(peak_bytes, windows, tokens) for tokens in (_LONGEST_MEASURED // 2, _LONGEST_MEASURED))
+        return whole + (whole - half) * (length - _LONGEST_MEASURED) // (_LONGEST_MEASURED // 2)
+    most = max(2, _LONGEST_MEASURED // length)
+    if windows > most:
+        half, whole = peak_bytes(most // 2, length), peak_bytes(most, length)
+        return whole + (whole - half) * (windows - most) // (most - most // 2)
+    return peak_bytes(windows, length)
 
 
 def _materialise(faces: TwoFaced) -> None:
@@ -128,7 +153,7 @@ class _Peak(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.bytes: int = 0
         self._now = 0
-        self._alive = {weight.untyped_storage()._cdata for weight in model.parameters()}
+        self._alive = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
 
     def __torch_dispatch__(self, operation: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = operation(*args, **(kwargs or {}))

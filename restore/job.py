@@ -26,6 +26,7 @@ from restore.loading import Checkpoint, inspect, load, load_tokenizer, resolve
 from restore.model import TwoFaced
 from restore.parallel import ALONE, World, joined
 from restore.plan import plan_steps
+from restore.quantize import is_quantized, quantize
 from restore.retrieval import Weaver
 from restore.rope import RopePlan
 from restore.runfolder import CHECKPOINTS, CONFIG, DATA, HELD_OUT, MODEL, StopSignal, locked
@@ -96,7 +97,9 @@ def export_run(folder: Path, out: Path | None, evaluation: Path | None, force: b
         if newest is None:
             raise UsageError(f"{folder}: no whole checkpoint to export; run `ard restore --config {folder / CONFIG}` first")
         state, tensors = newest
-        loaded = _load(config.model_copy(update={"shard": "off"}))
+        # The adapters are added to the original weights, however those were kept in training.
+        plain = {"shard": "off", "quantize": None} | ({"device": "cpu"} if config.quantize else {})
+        loaded = replace(_load(config.model_copy(update=plain)), config=config)
         loaded.faces.adapters.load_state(checkpoint.group(tensors, "best"))
         _publish(loaded, state.step, state.tokens, out or folder / MODEL, (lambda _: found) if found else None)
     return 0
@@ -141,7 +144,9 @@ def _load(config: RestoreConfig, world: World = ALONE) -> Loaded:
 
         model = load_sharded(base, native, _dtype(config), _device(config), world)
         return Loaded(config, base, rope, TwoFaced(model, rope, config, Shards(model.model.layers)))
-    model = load(base.folder, _dtype(config), _device(config), native)
+    model = load(base.folder, _dtype(config), "cpu" if config.quantize else _device(config), native)
+    if config.quantize:
+        model = quantize(model, config.quantize, _device(config))
     return Loaded(config, base, rope, TwoFaced(model, rope, config))
 
 
@@ -168,7 +173,7 @@ def _publish(
     recipe = RecipeRecord(
         name=config.recipe if config.objectives is None else "custom",
         objectives=config.weights,
-        trainable=f"LoRA of rank {config.rank}" if config.trainable == "lora" else "full-rank deltas",
+        trainable=_trained(config),
         steps=steps,
         tokens=tokens,
         seed=config.seed,
@@ -203,7 +208,7 @@ def _publish(
     provenance = Provenance(config.model, recipe, data)
     with _memory_errors(config):
         export(loaded.base, rope, loaded.faces.adapters.delta, out, provenance, reference=_reference(loaded), assess=assess,
-               device="cpu" if loaded.faces.shards else _device(config))  # fmt: skip
+               device="cpu" if loaded.faces.shards or config.quantize else _device(config))  # fmt: skip
     console.out.print(f"restored model: {out}", highlight=False, soft_wrap=True)
 
 
@@ -226,9 +231,26 @@ def _reference(loaded: Loaded) -> Reference:
     """Logits of the unmerged student on tokens spread over the vocabulary: what the export must give too."""
     spread = torch.randperm(int(loaded.base.config["vocab_size"]), generator=torch.Generator().manual_seed(0))
     ids_BT = spread[None, :_REFERENCE_TOKENS]
-    faces = loaded.faces
+    faces = _unquantised(loaded) if is_quantized(loaded.faces.model) else loaded.faces
     logits_BTV = linear(faces.student(ids_BT.to(faces.model.device)), faces.head_weight_VC)
     return Reference(ids_BT, logits_BTV.float().cpu(), _dtype(loaded.config))
+
+
+def _unquantised(loaded: Loaded) -> TwoFaced:
+    """The adapters on the weights that they will be added to, on the CPU; the device is freed for what comes next."""
+    config = loaded.config.model_copy(update={"quantize": None})
+    model = load(loaded.base.folder, _dtype(config), "cpu", loaded.rope.native_config(loaded.base.config))
+    loaded.faces.model.to("cpu")  # type: ignore[arg-type]
+    faces = TwoFaced(model, loaded.rope, config)
+    faces.adapters.load_state({name: value.detach() for name, value in loaded.faces.adapters.state().items()})
+    _log.info("trained on a %s base; the adapters are added to the original weights", loaded.config.quantize)
+    return faces
+
+
+def _trained(config: RestoreConfig) -> str:
+    """What learnt, in words."""
+    what = f"LoRA of rank {config.rank}" if config.trainable == "lora" else "full-rank deltas"
+    return f"{what} on a {config.quantize} base, added to the original weights" if config.quantize else what
 
 
 def _refuse_overwriting(config: RestoreConfig) -> None:

@@ -85,6 +85,20 @@ def _events(tree: Any) -> Iterator[Any]:
         yield from _events(event.children)
 
 
+@pytest.mark.parametrize(("recipe", "windows", "window"), [("distill", 64, 128), ("cpt", 1, 8192)])
+def test_more_tokens_than_are_measured_lie_on_a_line(
+    make_checkpoint: MakeCheckpoint, recipe: str, windows: int, window: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Many short windows at once, or a long one; a chunk of logits is as little of the step as in real models."""
+    monkeypatch.setattr("restore.vocabulary.LOGIT_ROWS", 64)
+    monkeypatch.setattr("restore.plan.Plan.windows_at_once", windows)
+    base = read_config(make_checkpoint("llama3", max_position_embeddings=2048, **SHAPE))
+    config, rope = planned(base, target_length=8192, recipe=recipe, window=min(window, 2048), long_window=window)
+    measured = forecast(base, rope, config)
+    monkeypatch.setattr("restore.forecast._LONGEST_MEASURED", 2048)
+    assert forecast(base, rope, config).step_bytes == pytest.approx(measured.step_bytes, rel=0.02)
+
+
 @pytest.mark.parametrize("family", ["llama-tied", "mistral", "qwen3"])
 def test_a_forecast_needs_no_weights_and_grows_with_the_layers(make_checkpoint: MakeCheckpoint, family: str) -> None:
     base = read_config(make_checkpoint(family))

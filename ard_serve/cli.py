@@ -12,6 +12,7 @@ from ard_serve.errors import EXIT_INTERRUPTED, ArdError, UsageError
 
 if TYPE_CHECKING:
     from ard_serve.settings import Settings
+    from restore.config import EstimateConfig
 
 # Runs a job on the parsed flags and returns its exit code.
 Job = Callable[[argparse.Namespace], int]
@@ -36,21 +37,29 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _restore(parser: argparse.ArgumentParser, words: Sequence[str]) -> Job:
-    from restore.config import RestoreConfig
+    from restore.config import EstimateConfig, RestoreConfig
 
     parser.add_argument(
-        "--estimate", action="store_true", help="say what the run would take, without data and weights, and end"
+        "--estimate",
+        action="store_true",
+        help="say what the run would take, without data and weights, and on which GPU; then end",
     )
+    left_out = ("objectives", "evaluation", "gate")
+    if "--estimate" in words:
+        return _settings(parser, EstimateConfig, _estimate, positional=("model",), left_out=left_out)
 
     def run(config: RestoreConfig) -> int:
-        from restore import estimate, job
+        from restore import job
 
-        return estimate.run(config) if "--estimate" in words else job.run(config)
+        return job.run(config)
 
-    job = _settings(parser, RestoreConfig, run, positional=("model",), left_out=("objectives", "evaluation", "gate"))
-    if "--estimate" in words:
-        parser.set_defaults(data=("-",), out=Path("-"))
-    return job
+    return _settings(parser, RestoreConfig, run, positional=("model",), left_out=left_out)
+
+
+def _estimate(config: "EstimateConfig") -> int:
+    from restore import estimate
+
+    return estimate.run(config)
 
 
 def _eval(parser: argparse.ArgumentParser, _words: Sequence[str]) -> Job:

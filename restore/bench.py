@@ -99,6 +99,7 @@ def _measured(
     faces: TwoFaced, trainer: Trainer, case: Case, device: torch.device, world: World, options: argparse.Namespace
 ) -> dict[str, Any]:
     if device.type == "cuda":
+        torch.cuda.empty_cache()  # of what building the model took
         torch.cuda.reset_peak_memory_stats(device)
     steps = [trainer.step() for _ in range(options.warmup)]
     matrix = [matrix_tflops(device)]
@@ -123,6 +124,8 @@ def _measured(
         "forecast_gib": forecast(case.base, case.rope, case.config).peak_bytes / _GIB,
         # The CPU's allocator keeps no peak.
         "peak_gib": peak_bytes / _GIB if device.type == "cuda" else None,
+        # What the allocator held for that, and a card must have.
+        "reserved_gib": torch.cuda.max_memory_reserved(device) / _GIB if device.type == "cuda" else None,
         "parts_s": _parts(faces, trainer.plan, case, device, world, seconds),
     }
     if options.profile and world.leads:

@@ -14,6 +14,7 @@ from restore.inspection import transformers_config
 from restore.model import TwoFaced
 from restore.parallel import World
 from restore.plan import plan_steps
+from restore.quantize import quantize
 from restore.rope import RopePlan
 from restore.trainer import Trainer
 
@@ -72,7 +73,7 @@ class Case:
             "recipe": config.recipe, "window": plan.window if plan.short_windows else 0,
             "long_window": plan.long_window if plan.long_windows else 0, "step_tokens": plan.step_tokens,
             "trainable": config.trainable, "rank": config.rank, "targets": [target[0] for target in config.targets],
-            "dtype": config.dtype, "processes": processes,
+            "dtype": config.dtype, "quantize": config.quantize, "processes": processes,
         }  # fmt: skip
 
 
@@ -96,6 +97,8 @@ def build_trainer(case: Case, device: torch.device, folder: Path, world: World) 
     config, rope, base = case.config, case.rope, case.base
     plan = plan_steps(config, rope)
     model = build_model(rope.native_config(base), torch.bfloat16 if config.dtype == "bf16" else torch.float32, device)
+    if config.quantize:
+        model = quantize(model, config.quantize, device)
     stream = random_tokens(base, 3 * max(plan.window, plan.long_window))
     faces = TwoFaced(model, rope, config)
     return faces, Trainer(faces, config, rope, stream, stream, folder, world)

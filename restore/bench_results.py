@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 # What two rows must share for the rate of one process to be what the rate of several is held against.
-_SAME = ("shape", "recipe", "window", "long_window", "step_tokens", "trainable", "rank", "targets", "dtype")
+_SAME = ("shape", "recipe", "window", "long_window", "step_tokens", "trainable", "rank", "targets", "dtype", "quantize")
 
 
 class Results:

@@ -148,3 +148,13 @@ class RestoreConfig(Settings):
     def reads_long(self) -> bool:
         """Whether any objective needs long windows."""
         return not self.weights.keys().isdisjoint(LONG)
+
+
+class EstimateConfig(RestoreConfig):
+    """`ard restore --estimate`: a restoration of which neither data nor output folder need be known."""
+
+    data: tuple[str, ...] = Field(("-",), description="not read")
+    out: Path = Field(Path("-"), description="not written")
+    gpu: str | None = Field(
+        None, description="H100, H200, A100, L40S or RTX 4090; the one here when not given, or all of them where there is none"
+    )

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 import torch
 
+from ard_serve.errors import UsageError
+
 
 @dataclass(frozen=True)
 class Gpu:
@@ -48,6 +50,22 @@ def named(device: torch.device) -> Gpu | None:
     if device.type != "cuda":
         return None
     return by_name(torch.cuda.get_device_name(device))
+
+
+def lookup(name: str) -> Gpu:
+    """The GPU that a user means by, for example, `h100` or `rtx-4090`.
+
+    Raises:
+        UsageError: it is not in the table.
+    """
+    found = [gpu for known, gpu in GPUS.items() if _letters(name) and _letters(name) in _letters(known)]
+    if len(found) != 1:
+        raise UsageError(f"gpu = {name}: not known; one of {', '.join(GPUS)}")
+    return found[0]
+
+
+def _letters(name: str) -> str:
+    return "".join(filter(str.isalnum, name.lower()))
 
 
 def by_name(reported: str) -> Gpu | None:

@@ -1,43 +1,95 @@
-"""`ard restore --estimate`: what a run would take of memory and disk, from config.json alone."""
+"""`ard restore --estimate`: what a run would take of memory, time and disk, and on which GPU, from config.json alone."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM
 
 from ard_serve import console
-from restore.config import RestoreConfig
-from restore.forecast import BYTES_PER_TRAINED, forecast
+from restore import devices
+from restore.config import EstimateConfig
+from restore.devices import GPUS, Gpu
+from restore.fit import otherwise, smaller
+from restore.flops import Counter
+from restore.forecast import BYTES_PER_TRAINED, Forecast, forecast
 from restore.inspection import read_config, transformers_config
 from restore.loading import resolve
 from restore.plan import plan_steps
+from restore.rope import RopePlan
+from restore.speed import Speeds
 
 # A checkpoint holds adapters, the best adapters and two moments of each, in fp32; two of them are kept, and a third while
 # it is written.
 _CHECKPOINT_BYTES_PER_TRAINED, _CHECKPOINTS = 16, 3
+# What tests/test_restore_forecast.py allows a forecast.
+_UNCERTAIN = 0.1
+_Row = tuple[str, str, str]
 
 
-def run(config: RestoreConfig) -> int:
+def run(config: EstimateConfig) -> int:
     """Print the estimate; returns the exit code, 0."""
-    base = read_config(resolve(config.model))
+    gpus, base = _gpus(config.gpu), read_config(resolve(config.model))
     rope = config.plan_rope(base)
     plan, needed = plan_steps(config, rope), forecast(base, rope, config)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(transformers_config(base), dtype=torch.bfloat16)  # type: ignore[no-untyped-call]
-    export = sum(weight.nbytes for weight in model.parameters())
-    trained = needed.trained_bytes // BYTES_PER_TRAINED
-    checkpoints = _CHECKPOINTS * _CHECKPOINT_BYTES_PER_TRAINED * trained
-    rows = [
-        ("device memory at the peak", needed.peak_bytes),
-        ("  frozen weights", needed.weights_bytes),
-        ("  adapters and optimizer", needed.trained_bytes),
-        ("  a step", needed.step_bytes),
-        ("disk", export + checkpoints),
-        ("  exported model in bf16", export),
-        ("  checkpoints", checkpoints),
-    ]
+    flops = Counter(base, config).step(plan).counted * plan.steps
     lengths = f"{rope.native_window:,} to {rope.target_length:,} tokens"
     console.print_table(
         f"{config.model}, {lengths}: {plan.steps} steps of {plan.step_tokens:,} tokens",
-        ["what", "GiB"],
-        [(name, f"{size / 2**30:,.2f}") for name, size in rows],
+        ["what", "of which, or how", "how much"],
+        [
+            *_sizes(base, needed),
+            ("arithmetic", "model and relations, all steps", f"{flops / 1e15:,.2f} PFLOP"),
+            *(_on(gpu, base, rope, config, needed, alone=len(gpus) == 1) for gpu in gpus),
+        ],
+        text_columns=2,
     )
     return 0
+
+
+def _gpus(name: str | None) -> list[Gpu]:
+    """The GPU that is named, or the one here, or all that are known."""
+    if name is not None:
+        return [devices.lookup(name)]
+    here = devices.named(torch.device("cuda")) if torch.cuda.is_available() else None
+    return [here] if here else list(GPUS.values())
+
+
+def _sizes(base: Mapping[str, Any], needed: Forecast) -> Iterator[_Row]:
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(transformers_config(dict(base)), dtype=torch.bfloat16)  # type: ignore[no-untyped-call]
+    export = sum(weight.nbytes for weight in model.parameters())
+    trained = needed.trained_bytes // BYTES_PER_TRAINED
+    checkpoints = _CHECKPOINTS * _CHECKPOINT_BYTES_PER_TRAINED * trained
+    yield "device memory at the peak", "", _gib(needed.peak_bytes)
+    yield "", "frozen weights", _gib(needed.weights_bytes)
+    yield "", "adapters and optimizer", _gib(needed.trained_bytes)
+    yield "", "a step", _gib(needed.step_bytes)
+    yield "disk", "", _gib(export + checkpoints)
+    yield "", "exported model in bf16", _gib(export)
+    yield "", "checkpoints", _gib(checkpoints)
+
+
+def _on(gpu: Gpu, base: Mapping[str, Any], rope: RopePlan, config: EstimateConfig, needed: Forecast, alone: bool) -> _Row:
+    """Whether the run fits `gpu`, and how long it trains there; where it is asked of it `alone`, also what smaller run fits."""
+    left = gpu.usable_bytes - needed.peak_bytes
+    if left < 0:
+        remedies = [*otherwise(base, rope, config, needed, gpu.usable_bytes)]
+        if alone:
+            remedies.insert(0, smaller(base, rope, config, gpu.usable_bytes))
+        return f"training on one {gpu.name}", "; ".join(remedies), "does not fit"
+    free = f"{_gib(left)} stay free" + (", less than a forecast may be off" if left < _UNCERTAIN * needed.peak_bytes else "")
+    if config.dtype == "fp32":
+        return f"training on one {gpu.name}", f"{free}; the rates known here are those of bf16", "fits"
+    training = Speeds().training(gpu, base, config, plan_steps(config, rope))
+    rate = f"{training.of_rate(gpu):.0%} of {gpu.matrix_tflops:g} TFLOP/s, {'; '.join(training.sources)}"
+    return f"training on one {gpu.name}", f"{rate}; {free}", _duration(training.seconds)
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:,.2f} GiB"
+
+
+def _duration(seconds: float) -> str:
+    minutes = seconds / 60
+    return f"{minutes:.1f} min" if minutes < 90 else f"{minutes / 60:.1f} h"

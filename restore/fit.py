@@ -41,9 +41,8 @@ def check_memory(
         # Devices need not be equally free, and all processes must come to the same end.
         if not world.any(needed.peak_bytes > free_bytes, device):
             return config.model_copy(update={"shard": shard}), needed
-    remedy = _smaller(base, rope, config, free_bytes, world.size if "on" in ways else 1)
-    others = () if config.quantize else _otherwise(base, rope, config, whole, free_bytes)
-    told = "; ".join([remedy, *others])
+    remedy = smaller(base, rope, config, free_bytes, world.size if "on" in ways else 1)
+    told = "; ".join([remedy, *otherwise(base, rope, config, whole, free_bytes)])
     raise ResourceError(f"{device}: this run needs about {needed}, {free_bytes / 1e9:.1f} GB are free; {told}")
 
 
@@ -54,19 +53,19 @@ def _ways(config: RestoreConfig, world: World) -> tuple[str, ...]:
     return ("off", "on") if world.size > 1 and config.quantize is None else ("off",)
 
 
-def _smaller(base: Mapping[str, Any], rope: RopePlan, config: RestoreConfig, free_bytes: int, processes: int) -> str:
+def smaller(base: Mapping[str, Any], rope: RopePlan, config: RestoreConfig, free_bytes: int, processes: int = 1) -> str:
     """The largest run of ever smaller ones that fits on one of the `processes`."""
-    smaller = list(_shrinking(config, plan_steps(config, rope)))
+    choices = list(_shrinking(config, plan_steps(config, rope)))
 
     def fits(index: int) -> bool:
-        needed = forecast(base, rope, config.model_copy(update=smaller[index]))
+        needed = forecast(base, rope, config.model_copy(update=choices[index]))
         return (needed.sharded(processes) if processes > 1 else needed).peak_bytes <= free_bytes
 
     # Each needs less than the one before, and a forecast takes seconds.
-    first = bisect_left(range(len(smaller)), True, key=fits)
-    if first == len(smaller):
+    first = bisect_left(range(len(choices)), True, key=fits)
+    if first == len(choices):
         return "no smaller window or rank would fit: use a smaller model or another device"
-    flags = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in smaller[first].items())
+    flags = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in choices[first].items())
     return f"{flags} would fit"
 
 
@@ -85,10 +84,12 @@ def _shrinking(config: RestoreConfig, plan: Plan) -> Iterator[dict[str, int]]:
         yield {"window": window, "long_window": long_window, "rank": rank}
 
 
-def _otherwise(
+def otherwise(
     base: Mapping[str, Any], rope: RopePlan, config: RestoreConfig, whole: Forecast, free_bytes: int
 ) -> Iterator[str]:
     """What would fit with the windows and the rank as they are."""
+    if config.quantize:
+        return
     if config.trainable == "lora" and is_available():
         packed = config.model_copy(update={"quantize": "4bit", "shard": "off"})
         if forecast(base, rope, packed).peak_bytes <= free_bytes:

@@ -1,0 +1,92 @@
+"""How fast a GPU trains: what share of its data sheet's rate a step reaches, from what `python -m restore.bench` measured."""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from restore import devices
+from restore.config import RestoreConfig
+from restore.devices import Gpu
+from restore.flops import Counter
+from restore.plan import Plan
+
+# Of a source checkout; an installed package has no measurements and assumes.
+_RESULTS = Path(__file__).parent.parent / "docs" / "results"
+# Half of the 695 TFLOP/s that matrix products reached on an H200 (docs/results/kernel-h200.json).
+_ASSUMED = 0.35
+
+
+@dataclass(frozen=True)
+class Share:
+    """A share of the rate of bf16 matrix products by the data sheet, and where it is from, in words."""
+
+    value: float
+    source: str
+
+
+@dataclass(frozen=True)
+class Training:
+    """What all steps of a run take on one GPU; validation, evaluation and export come on top."""
+
+    seconds: float
+    flops: int
+    sources: tuple[str, ...]
+
+    def of_rate(self, gpu: Gpu) -> float:
+        """Its share of the data sheet's rate of `gpu`."""
+        return self.flops / self.seconds / gpu.matrix_tflops / 1e12
+
+
+class Speeds:
+    """What was measured of training steps, on any GPU."""
+
+    def __init__(self, folder: Path = _RESULTS) -> None:
+        """Read every engine-*.json in `folder`."""
+        self._rows: list[dict[str, Any]] = []
+        for path in sorted(folder.glob("engine-*.json")):
+            for run in json.loads(path.read_text(encoding="utf-8"))["runs"]:
+                gpu = devices.by_name(run["machine"]["device"])
+                self._rows += [row | {"gpu": gpu, "file": path.name} for row in run["rows"] if gpu and _counts(row)]
+
+    def training(self, gpu: Gpu, base: Mapping[str, Any], config: RestoreConfig, plan: Plan) -> Training:
+        """Time of a run on one `gpu`: windows of each kind at the share that such windows reach."""
+        counter, parts = Counter(base, config), []
+        if plan.short_windows:
+            parts.append((plan.window, True, counter.distilled(plan.window) * plan.short_windows))
+        if plan.long_windows:
+            parts.append((plan.long_window, False, counter.read(plan.long_window) * plan.long_windows))
+        seconds, sources = 0.0, []
+        for window, distils, flops in parts:
+            share = self.share(gpu, int(base["hidden_size"]), config, window, distils)
+            seconds += plan.steps * flops.counted / (share.value * gpu.matrix_tflops * 1e12)
+            sources.append(share.source)
+        return Training(seconds, counter.step(plan).counted * plan.steps, tuple(dict.fromkeys(sources)))
+
+    def share(self, gpu: Gpu, hidden_size: int, config: RestoreConfig, window: int, distils: bool) -> Share:
+        """The share that the most alike of the measured steps reached: on this GPU if it has any, then by width and window."""
+        kind, other = ("window", "long_window") if distils else ("long_window", "window")
+        same = ("dtype", "trainable", "quantize")
+        alike = [
+            row
+            for row in self._rows
+            if row[kind] and not row[other] and all(row.get(name) == getattr(config, name) for name in same)
+        ]
+        alike = [row for row in alike if row["gpu"] == gpu] or alike
+        if not alike:
+            return Share(_ASSUMED, "assumed")
+        row = min(alike, key=lambda row: _apart(row["hidden_size"], hidden_size) + _apart(row[kind], window))
+        where = "" if row["gpu"] == gpu else f" on {row['gpu'].name}"
+        told = f"measured{where} with {row['shape']} and {row[kind]:,} tokens ({row['file']})"
+        return Share(row["tflops"] / row["gpu"].matrix_tflops, told)
+
+
+def _counts(row: Mapping[str, Any]) -> bool:
+    """Whether it is a step of this trainer on one GPU that came to its end."""
+    return "tflops" in row and row["processes"] == 1 and "engine" not in row
+
+
+def _apart(one: float, other: float) -> float:
+    return abs(math.log(one / other))

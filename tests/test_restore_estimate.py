@@ -1,0 +1,117 @@
+"""The estimate of time: measured shares of a GPU's rate where there are any, and what real runs took beside it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ard_serve.cli import main
+from restore import devices
+from restore.bench_cases import SHAPES, Case
+from restore.devices import GPUS
+from restore.flops import Counter
+from restore.plan import plan_steps
+from restore.speed import Speeds
+
+RESULTS = Path(__file__).parent.parent / "docs" / "results"
+H100, A100 = GPUS["H100"], GPUS["A100"]
+MIXED = Case("7b", 4096, {"rank": 128, "steps": 10})
+
+
+def results(folder: Path, device: str, *rows: dict[str, Any]) -> None:
+    made = [{"shape": "7b", "hidden_size": 4096, "processes": 1, "trainable": "lora", "dtype": "bf16", "quantize": None} | row
+            for row in rows]  # fmt: skip
+    runs = [{"machine": {"device": device}, "rows": made}]
+    (folder / f"engine-{device.split()[1]}.json").write_text(json.dumps({"runs": runs}))
+
+
+def seconds(folder: Path, case: Case = MIXED, gpu: devices.Gpu = H100) -> float:
+    return Speeds(folder).training(gpu, case.base, case.config, plan_steps(case.config, case.rope)).seconds
+
+
+def test_each_kind_of_window_takes_its_time_at_the_rate_that_was_measured_for_it(tmp_path: Path) -> None:
+    results(
+        tmp_path,
+        "NVIDIA H100 80GB HBM3",
+        {"window": 4096, "long_window": 0, "tflops": 400.0},
+        {"window": 0, "long_window": 16_384, "tflops": 500.0},
+        # None of these is like the run: other windows, another width, several GPUs, another trainer, a case that did not fit.
+        {"window": 32_768, "long_window": 0, "tflops": 1.0},
+        {"window": 4096, "long_window": 0, "hidden_size": 576, "tflops": 1.0},
+        {"window": 4096, "long_window": 0, "processes": 2, "tflops": 1.0},
+        {"window": 4096, "long_window": 0, "engine": "LinearARD", "tflops": 1.0},
+        {"window": 4096, "long_window": 16_384, "tflops": 1.0},
+        {"window": 4096, "long_window": 0, "quantize": "4bit", "tflops": 1.0},
+        {"window": 4096, "long_window": 0, "error": "out of memory"},
+    )
+    counter = Counter(MIXED.base, MIXED.config)
+    plan = plan_steps(MIXED.config, MIXED.rope)
+    assert (plan.window, plan.long_window) == (4096, 16_384)
+    distilled, read = plan.short_windows * counter.distilled(4096).counted, plan.long_windows * counter.read(16_384).counted
+    assert seconds(tmp_path) == pytest.approx(10 * (distilled / 400e12 + read / 500e12))
+    said = Speeds(tmp_path).training(H100, MIXED.base, MIXED.config, plan)
+    assert said.sources == (
+        "measured with 7b and 4,096 tokens (engine-H100.json)",
+        "measured with 7b and 16,384 tokens (engine-H100.json)",
+    )
+    assert said.of_rate(H100) == pytest.approx(10 * (distilled + read) / seconds(tmp_path) / 989.4e12)
+
+
+def test_another_gpu_lends_its_share_where_the_named_one_was_not_measured(tmp_path: Path) -> None:
+    rows = [
+        {"window": 4096, "long_window": 0, "tflops": 0.5 * 989.4},
+        {"window": 0, "long_window": 16_384, "tflops": 0.5 * 989.4},
+    ]
+    results(tmp_path, "NVIDIA H100 80GB HBM3", *rows)
+    assert seconds(tmp_path, gpu=A100) == pytest.approx(seconds(tmp_path) * 989.4 / 312)
+    share = Speeds(tmp_path).share(A100, 4096, MIXED.config, 4096, distils=True)
+    assert share.source == "measured on H100 with 7b and 4,096 tokens (engine-H100.json)"
+    results(tmp_path, "NVIDIA A100-SXM4-80GB", {"window": 8192, "long_window": 0, "tflops": 0.25 * 312})
+    assert Speeds(tmp_path).share(A100, 4096, MIXED.config, 4096, distils=True).value == pytest.approx(0.25)
+
+
+def test_without_a_measurement_the_share_is_assumed_and_called_so(tmp_path: Path) -> None:
+    share = Speeds(tmp_path).share(H100, 4096, MIXED.config, 4096, distils=True)
+    assert (share.value, share.source) == (0.35, "assumed")
+
+
+def test_the_table_says_what_fits_and_what_would(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(SHAPES["7b"] | {"max_position_embeddings": 4096}))
+    words = ["restore", str(tmp_path), "--target-length", "32768", "--estimate", "--long-window", "24576", "--steps", "10"]
+    assert main(words) == 0
+    rows = capsys.readouterr().out.split("training on one ")
+    small, large = (next(" ".join(row.split()) for row in rows if row.startswith(name)) for name in ("RTX 4090", "H100"))
+    assert "does not fit" in small
+    assert "4bit would fit" in small.replace("│ │ ", "")
+    assert " min " in large
+    assert main([*words, "--gpu", "rtx"]) == 0
+    said = capsys.readouterr().out
+    assert said.count("training on one") == 1
+    assert "--long-window 12288" in " ".join(said.split())
+
+
+def test_a_gpu_is_found_by_what_people_call_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert devices.lookup("rtx-4090") == devices.lookup("4090") == GPUS["RTX 4090"]
+    assert devices.lookup("h100") == H100
+    (tmp_path / "config.json").write_text(json.dumps(SHAPES["tiny"] | {"max_position_embeddings": 128}))
+    for wrong in ("B200", "H", "-"):
+        assert main(["restore", str(tmp_path), "--target-length", "512", "--estimate", f"--gpu={wrong}"]) == 2
+        assert "not known; one of H100, H200" in capsys.readouterr().err
+
+
+MEASURED = [(path, run, row) for path in sorted(RESULTS.glob("engine-*.json")) for run in json.loads(path.read_text())["runs"]
+            for row in run["rows"] if "seconds" in row and "engine" not in row and row["processes"] == 1]  # fmt: skip
+
+
+@pytest.mark.skipif(not MEASURED, reason="no docs/results/engine-*.json: no GPU has run restore.bench yet")
+def test_estimates_agree_with_what_was_measured_within_a_tenth() -> None:
+    """Memory of every row; time of the steps that mix both kinds of windows, from the rows of one kind."""
+    for path, run, row in MEASURED:
+        name = f"{path.name}: {row['shape']}, {row['recipe']}, {row['window']} and {row['long_window']} tokens"
+        assert row["forecast_gib"] == pytest.approx(row["peak_gib"], rel=0.1), name
+        gpu = devices.by_name(run["machine"]["device"])
+        if gpu and row["window"] and row["long_window"]:
+            settings = {name: row[name] for name in ("recipe", "rank", "dtype", "trainable", "quantize")}
+            case = Case(row["shape"], row["window"], settings | {"steps": 1, "batch_tokens": row["step_tokens"]})
+            assert seconds(RESULTS, case, gpu) == pytest.approx(row["seconds"], rel=0.1), name

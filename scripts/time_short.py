@@ -81,14 +81,15 @@ def main(arguments: list[str] | None = None) -> None:
         **{taken: {name: round(sum(row[taken][name] for row in rows), 2) for name in trees} for taken in ("seconds", "cpu_s")},
         "rows": rows,
     }
-    given.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    runs = json.loads(given.out.read_text(encoding="utf-8"))["runs"] if given.out.exists() else []
+    given.out.write_text(json.dumps({"runs": [*runs, record]}, indent=1) + "\n", encoding="utf-8")
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, help="folder of the model")
     parser.add_argument("tasks", nargs="+", help="task files, or folders of them")
-    parser.add_argument("--out", type=Path, required=True, help="results file, written anew")
+    parser.add_argument("--out", type=Path, required=True, help="results file; the run is added to it")
     parser.add_argument("--limit", type=int, default=30, help="items of each task (default: 30)")
     parser.add_argument("--problems", type=int, default=6, help="items of a task whose answers are written (default: 6)")
     parser.add_argument("--against", nargs="*", default=[], metavar="NAME=CHECKOUT", help="other trees, such as a git worktree")

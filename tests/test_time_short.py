@@ -16,7 +16,7 @@ def test_trees_score_the_same_items_side_by_side(make_checkpoint: Callable[..., 
     harness = ["--harness"] if importlib.util.find_spec("lm_eval") else []
     twin = f"twin={time_short.ROOT}"
     time_short.main([model, str(task), "--out", str(out), "--limit", "6", "--dtype", "fp32", "--against", twin, *harness])
-    found = json.loads(out.read_text())
+    (found,) = json.loads(out.read_text())["runs"]
     (row,) = found["rows"]
     assert (row["task"], row["items"]) == ("sums", 6)
     assert row["judged_unlike"] == {name: 0 for name in ("twin", "harness") if name in row["metrics"]}

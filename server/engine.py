@@ -47,6 +47,9 @@ def engine_spec(config: ServeConfig, socket: Path, key: str, max_model_len: int,
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_COMPUTE_NANS_IN_LOGITS": "1",
     }
+    if config.profile_short:
+        # On a CPU, vLLM binds each engine to the same cores, where one that spins starves the other.
+        environment["VLLM_CPU_OMP_THREADS_BIND"] = os.environ.get("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     return EngineSpec(command, environment, socket)
 
 

@@ -16,6 +16,7 @@ from ard_serve.artifact import Manifest, Quality, Scores
 from server import capacity
 from server.config import ServeConfig
 from server.conversations import Conversations
+from server.engine import engine_spec
 from server.preflight import check_model
 from server.shortmodel import short_config, short_text_loss
 
@@ -179,3 +180,14 @@ def test_the_memory_of_conversations_is_bounded_and_one_owners() -> None:
     assert [known.has_grown("alice", [text, "more"]) for text in "abc"] == [False, True, True]
     assert not known.has_grown("bob", ["c"])
     assert not known.has_grown("alice", [])
+
+
+def test_two_engines_on_a_cpu_are_not_bound_to_the_same_cores(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    name = "VLLM_CPU_OMP_THREADS_BIND"
+    monkeypatch.delenv(name, raising=False)
+    alone = ServeConfig(model=tmp_path)
+    beside = ServeConfig(model=tmp_path, profile_short=tmp_path)
+    specs = [engine_spec(config, tmp_path / "socket", "key", 512, ()) for config in (alone, beside)]
+    assert [spec.environment.get(name) for spec in specs] == [None, "nobind"]
+    monkeypatch.setenv(name, "0-3")
+    assert engine_spec(beside, tmp_path / "socket", "key", 512, ()).environment[name] == "0-3", "the operator's word stands"

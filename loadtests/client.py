@@ -27,6 +27,7 @@ class Exchange:
     connect_ms: float = 0
     sent_s: float = 0
     token_times_s: list[float] = field(default_factory=list)
+    finished_s: float = 0
     text: str = ""
     usage: dict[str, Any] = field(default_factory=dict)
     done: bool = False
@@ -45,6 +46,9 @@ async def stream(address: Address, path: str, body: bytes, timeout_s: float, see
     try:
         async with asyncio.timeout(timeout_s):
             await _follow(address, path, body, exchange)
+        if not exchange.token_times_s and exchange.usage.get("completion_tokens"):
+            # A single token without text, such as an end that was to be ignored, comes with the event that finishes.
+            exchange.token_times_s.append(exchange.finished_s)
         exchange.outcome = _judge(exchange)
     except TimeoutError:
         exchange.outcome, exchange.detail = "timeout", f"no end after {timeout_s:g} s"
@@ -96,6 +100,7 @@ def _take(line: bytes, now_s: float, exchange: Exchange) -> None:
     for choice in data.get("choices") or ():
         text, bears_token = _content(choice)
         exchange.text += text
+        exchange.finished_s = now_s
         if bears_token:
             exchange.token_times_s.append(now_s)
 

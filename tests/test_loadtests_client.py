@@ -89,6 +89,15 @@ async def test_token_that_is_no_whole_character_yet_counts_and_a_role_does_not()
     assert len(exchange.token_times_s) == 2
 
 
+async def test_a_single_token_without_text_counts_where_the_usage_tells_of_it() -> None:
+    usage = b'data: {"choices": [], "usage": {"prompt_tokens": 3, "completion_tokens": 1}}\n\n'
+    for told, outcome in ((usage, "ok"), (b"", "no_done")):
+        async with server(CHUNKED, chunk(event("", "length") + told + b"data: [DONE]\n\n"), chunk(b"")) as (address, _):
+            exchange = await stream(address, "/v1/completions", b"{}", 5)
+        assert exchange.outcome == outcome
+        assert len(exchange.token_times_s) == (outcome == "ok")
+
+
 @pytest.mark.timing
 @pytest.mark.fault("L4")
 @pytest.mark.parametrize(

@@ -31,12 +31,14 @@ def test_a_run_measures_real_steps_and_is_added_to_the_file(tmp_path: Path, monk
     settings = ["--set", "rank=4", "batch_tokens=256", "dtype=fp32"]
     monkeypatch.setattr(sys, "argv", [*words, "--recipes", "default", "cpt", *settings, "--profile", str(table)])
     bench.main()
-    monkeypatch.setattr(sys, "argv", [*words, "--recipes", "linearard", "--warmup", "0", *settings])
+    monkeypatch.setattr(sys, "argv", [*words, "--recipes", "linearard", "--warmup", "0", *settings, "quantize=4bit"])
     bench.main()
     first, second = runs(out)
     assert (first["commit"], len(first["rows"]), len(second["rows"])) == ("c0ffee", 2, 1)
     assert {"date", "command", "machine"} <= first.keys()
     mixed, read = first["rows"]
+    assert [row["quantize"] for row in (mixed, read, *second["rows"])] == [None, None, "4bit"]
+    assert second["rows"][0]["forecast_gib"] > 0
     assert (mixed["window"], mixed["long_window"], mixed["step_tokens"]) == (64, 256, 512)
     assert (read["window"], read["long_window"], read["rank"]) == (0, 64, 4)
     config = Case("tiny", 64, {"recipe": "default", "rank": 4, "batch_tokens": 256}).config

@@ -31,11 +31,11 @@ from restore.sharding import Shards, load_sharded
 TOLERANCE = 2e-5
 
 
-def restore(model: Path, texts: Path, out: Path, steps: int = 4) -> list[str]:
+def restore(model: Path, texts: Path, out: Path, steps: int = 4, device: str = "cpu") -> list[str]:
     words = ["restore", str(model), "--data", str(texts), "--out", str(out), "--target-length", "512", "--steps", str(steps)]
     words += ["--window", "64", "--long-window", "128", "--batch-tokens", "384", "--rank", "4", "--warmup-steps", "1"]
     words += ["--validation-share", "0.3", "--validation-windows", "3", "--validation-every", "2", "--learning-rate", "0.01"]
-    return [*words, "--dtype", "fp32", "--device", "cpu", "--no-evaluate"]
+    return [*words, "--dtype", "fp32", "--device", device, "--no-evaluate"]
 
 
 def on_two(words: list[str]) -> list[str]:
@@ -52,14 +52,18 @@ def on_two(words: list[str]) -> list[str]:
     ]
 
 
+TWO_GPUS = [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")]
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=TWO_GPUS)])
 @pytest.mark.parametrize("shard", ["off", "on"])
 def test_two_processes_give_the_losses_and_weights_of_one(
-    make_checkpoint: Callable[..., Path], texts: Path, tmp_path: Path, shard: str
+    make_checkpoint: Callable[..., Path], texts: Path, tmp_path: Path, shard: str, device: str
 ) -> None:
     """Replicated or sharded; validation has four windows of two lengths, so that one process has more passes to run."""
     model = make_checkpoint("qwen3", max_shard_size="60KB", num_hidden_layers=3)
-    assert main(restore(model, texts, tmp_path / "one")) == 0
-    words = [*restore(model, texts, tmp_path / "two"), "--shard", shard]
+    assert main(restore(model, texts, tmp_path / "one", device=device)) == 0
+    words = [*restore(model, texts, tmp_path / "two", device=device), "--shard", shard]
     run = subprocess.run(on_two(words), capture_output=True, text=True, check=False, timeout=300)
     assert run.returncode == 0, run.stderr
     assert run.stdout.count("restored model:") == 1

@@ -1,0 +1,60 @@
+#!/usr/bin/env bash
+# The training engine's GPU measurements, each within one call of ten minutes: scripts/gpu_engine.sh STEP OUT_DIR
+#
+#   packages    which modules the bench lacks here; the next two lines bring them, and bitsandbytes with the library for CUDA 13
+#               alone, as one folder (made where there is a registry):
+#               scripts/gpu_engine.sh pack OUT_DIR      writes OUT_DIR/engine-site.tar.xz for Python 3.12
+#               mkdir site && tar -xJf engine-site.tar.xz -C site && export PYTHONPATH=$PWD/site:$PYTHONPATH
+#   small       135M and 1.7B shapes, windows of 4K to 32K                                  (6 minutes)
+#   7b          the 7B shape, the same windows                                              (7 minutes)
+#   mixed       steps of the default recipe, and a profile of one: what estimates are held to   (5 minutes)
+#   reference   LinearARD's own step beside ours, of the checkout in $REFERENCE             (5 minutes; its 16K step alone takes 12)
+#   quantised   the 7B shape on a base of 4 and of 8 bit                                    (3 minutes)
+#   two         7B and 1.7B on one GPU, then on two, replicated                             (5 minutes, on a machine with two GPUs)
+#   equal       losses and weights of two GPUs, replicated and sharded, against those of one    (3 minutes, likewise; needs pytest)
+# Minutes are guesses at 35% of an H100's rate: none of it has run on a GPU yet. Results are added to OUT_DIR/engine-<gpu>.json;
+# bring the file along to add to it. COMMIT=$(git rev-parse HEAD) of the copied tree goes into it. Run from the repository's root.
+# Afterwards, with the file in docs/results: pytest tests/test_restore_estimate.py holds estimates of memory and time to it.
+set -euo pipefail
+step=${1:?usage: gpu_engine.sh STEP OUT_DIR} out=${2:?}
+mkdir -p "$out"
+export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false PYTHONPATH=.:${PYTHONPATH:-}
+python=${PYTHON:-python3}
+needed="accelerate bitsandbytes datasets numpy peft psutil pydantic rich safetensors tensorboard tokenizers torch transformers triton yaml"
+windows="4096 8192 16384 32768"
+bench() { # WORDS: `restore.bench` by the command in $launch
+    local gpu
+    gpu=$("$python" -c 'import torch; print(torch.cuda.get_device_name().split()[1].lower() if torch.cuda.is_available() else "cpu")')
+    # shellcheck disable=SC2086
+    ${launch:-$python} -m restore.bench --out "$out/engine-$gpu.json" ${COMMIT:+--commit $COMMIT} "$@" ${BENCH_FLAGS:-}
+}
+case $step in
+packages)
+    for name in $needed; do "$python" -c "import importlib.util as u; exit(u.find_spec('$name') is None)" || echo "missing: $name"; done ;;
+pack)
+    names='peft|psutil|pydantic|pydantic_core|annotated-types|typing-inspection|rich|markdown-it-py|mdurl|pygments|pyyaml|tensorboard'
+    work=$(mktemp -d)
+    grep -iE "^($names|accelerate|bitsandbytes|absl-py|grpcio|markdown|protobuf|tensorboard-data-server|werkzeug)==" requirements/cpu.lock > "$work/list.txt"
+    platforms=$(for i in $(seq 17 39); do printf -- '--platform manylinux_2_%s_x86_64 ' "$i"; done)
+    # shellcheck disable=SC2086
+    "$python" -m pip install -q --no-deps --no-compile --only-binary=:all: --python-version 3.12 --implementation cp --abi cp312 \
+        --abi abi3 --abi none $platforms --platform manylinux2014_x86_64 --target "$work/site" -r "$work/list.txt"
+    find "$work/site/bitsandbytes" -name 'libbitsandbytes_*.so' ! -name '*_cpu.so' ! -name '*_cuda130.so' -delete
+    tar -C "$work/site" -cJf "$out/engine-site.tar.xz" . && rm -r "$work" && ls -l "$out/engine-site.tar.xz" ;;
+# shellcheck disable=SC2086
+small) bench --shapes 135m 1.7b --windows $windows ;;
+# shellcheck disable=SC2086
+7b) bench --shapes 7b --windows $windows ;;
+mixed)
+    bench --shapes 135m 1.7b --windows 4096 8192 --recipes default
+    bench --shapes 7b --windows 4096 8192 --recipes default --profile "$out/engine-profile.txt" ;;
+reference) bench --shapes 135m 7b --windows 4096 --recipes linearard --steps 1 --reference "${REFERENCE:?a checkout of gracefulning/LinearARD}" ;;
+quantised) for bits in 4bit 8bit; do bench --shapes 7b --windows 4096 --recipes default --set quantize=$bits; done ;;
+two)
+    # A step of two long windows and eight short ones, as `ard restore` takes by default: one and four for each GPU.
+    for launch in "$python" "$python -m torch.distributed.run --standalone --nproc-per-node ${PROCESSES:-2}"; do
+        bench --shapes 7b 1.7b --windows 4096 --recipes default distill --set batch_tokens=65536
+    done ;;
+equal) "$python" -m pytest -p no:cacheprovider tests/test_restore_parallel.py -m gpu ;;
+*) echo "unknown step $step; see the head of this file" >&2; exit 2 ;;
+esac

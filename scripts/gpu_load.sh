@@ -33,9 +33,13 @@ if ! "$python" -c 'import pynvml' 2>/dev/null; then
 fi
 ard() { "$python" -m ard_serve.cli "$@"; }
 
+answers() { # URL: with 200; without curl, which a bare machine may lack
+  "$python" -c 'import sys, urllib.request; urllib.request.urlopen(sys.argv[1], timeout=5)' "$1" 2>/dev/null
+}
+
 wait_for() { # URL SECONDS: until it answers 200
   for _ in $(seq "$2"); do
-    curl -sf -o /dev/null "$1" && return
+    answers "$1" && return
     sleep 1
   done
   echo "$1: no answer in $2 s" >&2
@@ -54,7 +58,7 @@ for step in $steps; do
   echo "== $step $(date -u +%H:%M:%S)"
   case $step in
     engine)
-      if ! curl -sf -o /dev/null "$engine/health"; then
+      if ! answers "$engine/health"; then
         setsid "$python" -m vllm.entrypoints.openai.api_server --model "$model" --served-model-name measured \
           --port "${engine##*:}" --max-model-len "$window" "${engine_flags[@]}" >"$work/engine.log" 2>&1 </dev/null &
         echo $! >"$work/engine.pid"

@@ -57,7 +57,7 @@ class RestoreConfig(Settings):
     rank: PositiveInt = Field(128, description="rank of the LoRA adapters")
     alpha: PositiveInt | None = Field(None, description="LoRA alpha; twice the rank when not given")
 
-    tokens: PositiveInt = Field(4_250_000, description="training tokens, long windows included")
+    tokens: PositiveInt = Field(4_250_000, description="training tokens at most, long windows included")
     steps: PositiveInt | None = Field(None, description="optimizer steps, instead of a number of tokens")
     batch_tokens: PositiveInt = Field(65_536, description="tokens of one optimizer step")
     window: PositiveInt | None = Field(None, description="tokens of a distillation window; the native window when not given")

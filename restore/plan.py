@@ -59,7 +59,7 @@ def plan_steps(config: RestoreConfig, rope: RopePlan) -> Plan:
         distilled = long_windows * long_window * (1 / config.long_share - 1) if long_windows else config.batch_tokens
         short_windows = max(1, round(distilled / window))
     plan = Plan(window, short_windows, long_window, long_windows, steps=1)
-    return replace(plan, steps=config.steps or math.ceil(config.tokens / plan.step_tokens))
+    return replace(plan, steps=config.steps or max(1, config.tokens // plan.step_tokens))
 
 
 def learning_rate(config: RestoreConfig, step: int, steps: int) -> float:

@@ -1,9 +1,10 @@
 """Restore one model in many ways, each measured alike, in pieces of a few minutes: recipes x RoPE types x seeds.
 
-    python -m scripts.study STUDY.yaml --out WORK [--results FOLDER] [--minutes 9]
+    python -m scripts.study STUDY.yaml --out WORK [--results FOLDER] [--minutes 9] [--part 1/3]
 
 Each call goes on where the last one stopped and ends in time: exit code 75 means that there is more to do, 0 that all is done.
-A finished run is appended to FOLDER/quality-<model>.json. Native and merely stretched models are measured once. STUDY.yaml:
+A finished run is appended to FOLDER/quality-<model>.json. Native and merely stretched models are measured once. A small model
+leaves most of a GPU idle: give each of several processes its part of the runs, all with the same WORK. STUDY.yaml:
 
     model: SmolLM2-135M-Instruct
     restore: {target_length: 65536, data: [books/train]}     # what all runs share: fields of `ard restore`
@@ -14,13 +15,16 @@ A finished run is appended to FOLDER/quality-<model>.json. Native and merely str
 """
 
 import argparse
+import fcntl
 import logging
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -71,10 +75,12 @@ class Work:
     results: Path
     command: str
     deadline: float
+    part: int = 1
+    parts: int = 1
 
     def do(self) -> None:
         """Seeds one after the other, so that a study that is cut short has every recipe once."""
-        for name, config in self.runs():
+        for name, config in islice(self.runs(), self.part - 1, None, self.parts):
             if self.train(config):
                 self.measure(name, config)
 
@@ -135,11 +141,23 @@ class Work:
             found = evaluate.make_report(models, settings)
             report.write(found, config.out, report.Restoration.from_manifest(manifest), metrics.read(config.out))
         _, entry = record_quality.describe(found, config.out, self.command, remark=name)
-        record_quality.append(self.results / record_quality.file_name(config.model), entry)
+        path = self.results / record_quality.file_name(config.model)
+        with self.alone(path.stem):
+            record_quality.append(path, entry)
+
+    @contextmanager
+    def alone(self, name: str) -> Iterator[None]:
+        """While other parts of the study wait that want `name` too."""
+        with (self.out / f"{name}.lock").open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
 
     def evaluation(self, name: str, candidate: Candidate, settings: EvalConfig) -> Evaluation:
         """Measured once and kept; not begun when the longest so far would not fit into the rest of the piece."""
-        path = self.out / f"{name}.evaluation.json"
+        with self.alone(name):
+            return self._evaluation(self.out / f"{name}.evaluation.json", candidate, settings)
+
+    def _evaluation(self, path: Path, candidate: Candidate, settings: EvalConfig) -> Evaluation:
         if path.exists():
             return Evaluation.model_validate_json(path.read_bytes())
         kept = [Evaluation.model_validate_json(other.read_bytes()) for other in self.out.glob("*.evaluation.json")]
@@ -159,13 +177,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder of the runs; the next piece goes on from it")
     parser.add_argument("--results", type=Path, default=record_quality.RESULTS, help="folder of quality-<model>.json")
     parser.add_argument("--minutes", type=float, default=9.0, help="length of this piece (default: 9)")
+    parser.add_argument("--part", default="1/1", metavar="K/N", help="do every N-th run, from the K-th on")
     given = parser.parse_args(arguments)
     setup_logging()
     deadline = time.monotonic() + 60 * given.minutes
     given.out.mkdir(parents=True, exist_ok=True)
     try:
         study = Study.resolve(given.study, {})
-        Work(study, given.out, given.results, f"python -m scripts.study {given.study} --out {given.out}", deadline).do()
+        command = f"python -m scripts.study {given.study} --out {given.out}"
+        part, parts = map(int, given.part.split("/"))
+        Work(study, given.out, given.results, command, deadline, part, parts).do()
     except OutOfTimeError:
         _log.info("this piece is over, the study is not; run the same command again")
         return MORE_TO_DO

@@ -1,10 +1,12 @@
 """What the gateway costs: `python tests/bench_server.py docs/results/server-overhead.json scripted | real MODEL | start MODEL`.
 
+`real MODEL --engine URL` measures a vLLM that runs already, keyless, instead of starting one.
 The same engine straight and through a gateway that is attached to it, in turns: 64 streams of users who come when they come,
 64 at the same instant, one light request at a time. With the scripted engine, whose own time does not blur the figures, or with
 a real vLLM. `start` compares the time from the start of the process to its being ready.
 """
 
+import argparse
 import json
 import os
 import random
@@ -97,9 +99,15 @@ def both(command: tuple[str, ...], script: str, **fields: Any) -> Iterator[tuple
     with (
         tempfile.TemporaryDirectory() as name,
         running_engine(command, port, Path(name) / "engine.jsonl", script),
-        gateways(Path(name)) as start,
+        attached(f"http://127.0.0.1:{port}", **fields) as scene,
     ):
-        engine = f"http://127.0.0.1:{port}"
+        yield scene
+
+
+@contextmanager
+def attached(engine: str, **fields: Any) -> Iterator[tuple[str, str, psutil.Process]]:
+    """A gateway attached to an engine that runs: addresses of both and the gateway's process."""
+    with tempfile.TemporaryDirectory() as name, gateways(Path(name)) as start:
         quiet = {"canary_interval_s": 60, "canary_timeout_s": 60, **fields}
         gateway = start(environment={"ARD_ENGINE_KEY": ENGINE_KEY}, attach=[engine], **quiet).until_ready(300)
         yield engine, gateway.url, psutil.Process(gateway.process.pid)
@@ -120,11 +128,16 @@ def scripted(repeats: int) -> dict[str, Any]:
         return {"load": "64 streams of 100 events, one each 20 ms"} | results
 
 
-def real(model: Path, tokens: int, seconds: float, repeats: int) -> dict[str, Any]:
-    """With a real vLLM: 64 streams of `tokens` each, as fast as it makes them."""
-    size = ("--max-model-len", "512", "--kv-cache-memory-bytes", str(int(_KV_GIB * 2**30)), "--max-num-seqs", "64")
-    command = (*_VLLM, "--model", str(model), "--served-model-name", model.name, *_FLAGS, *size)
-    with both(command, "{}", model=str(model), max_model_len=512) as (engine, gateway, process):
+def real(model: Path, running: str | None, tokens: int, seconds: float, repeats: int) -> dict[str, Any]:
+    """With a real vLLM, the one at the address `running` or one of our own: 64 streams of `tokens`, at its speed."""
+    fields: dict[str, Any] = {"model": str(model), "max_model_len": 512}
+    if running:
+        name = httpx.get(f"{running}/v1/models", trust_env=False, verify=NO_TLS).json()["data"][0]["id"]
+        scene = attached(running, served_model_name=name, **fields)
+    else:
+        size = ("--max-model-len", "512", "--kv-cache-memory-bytes", str(int(_KV_GIB * 2**30)), "--max-num-seqs", "64")
+        scene = both((*_VLLM, "--model", str(model), "--served-model-name", model.name, *_FLAGS, *size), "{}", **fields)
+    with scene as (engine, gateway, process):
 
         def turn(is_gateway: bool) -> Measured:
             url, watched = (gateway, process) if is_gateway else (engine, None)
@@ -174,8 +187,17 @@ def starts(model: Path, repeats: int) -> dict[str, Any]:
     return results | {"units": "seconds to ready"}
 
 
-def main(out: Path, what: str, model: Path | None) -> None:
+def main() -> None:
     """Measure one section and put it into the results file, beside those that are there."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("what", choices=("scripted", "real", "start"))
+    parser.add_argument("model", type=Path, nargs="?")
+    parser.add_argument("--engine", metavar="URL", help="a vLLM that runs the model already, with room for 64 requests")
+    parser.add_argument("--seconds", type=float, default=12, help="length of each turn against a real vLLM")
+    parser.add_argument("--repeats", type=int, default=4, help="turns of each side against a real vLLM")
+    given = parser.parse_args()
+    out, what, model = given.out, given.what, given.model
     random.seed(0)
     os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count()))
     sections = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {}
@@ -185,10 +207,10 @@ def main(out: Path, what: str, model: Path | None) -> None:
     elif what == "start":
         section |= starts(model, repeats=2)
     else:
-        section |= real(model, tokens=48, seconds=12, repeats=4)
+        section |= real(model, given.engine, tokens=48, seconds=given.seconds, repeats=given.repeats)
     section["load_average_after"] = round(os.getloadavg()[0], 2)
     write(out, sections | {f"{what} {model.name if model else 'engine'}": section})
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3]) if len(sys.argv) > 3 else None)
+    main()

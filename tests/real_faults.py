@@ -1,6 +1,6 @@
 """The server's rows of the fault matrix on a real vLLM, once, for the record:
 
-    python tests/real_faults.py docs/results/server-faults-cpu.json [--model FOLDER] [--python PYTHON]
+    python tests/real_faults.py docs/results/server-faults-cpu.json [--model FOLDER] [--python PYTHON] [-- vLLM's flags]
 
 A small random Llama is made unless --model names a folder. PYTHON runs the engine (`-m vllm.entrypoints.openai.api_server`); it
 may be another environment than ours. Needed besides vLLM: the packages that `ard serve` itself needs, and transformers for the
@@ -54,6 +54,9 @@ def run_rows(scene: Scene, only: set[str]) -> Iterator[dict[str, Any]]:
         result = {"row": row.name, "done": row.done, "seen": seen, "seconds": seconds, "passed": passed}
         yield result | {"date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")}
         print(f"{row.name:4} {'passed' if passed else 'FAILED'} {seconds:7.2f} s  {seen}", flush=True)
+        logs = sorted(scene.folder.glob("run*/err.txt"), key=lambda log: log.stat().st_mtime)
+        if not passed and logs:
+            print(logs[-1].read_text(errors="replace")[-4000:], flush=True)
 
 
 def kept_rows(out: Path, tried: list[str]) -> list[dict[str, Any]]:
@@ -69,13 +72,16 @@ def main() -> int:
     parser.add_argument("--model", type=Path)
     parser.add_argument("--python", default=sys.executable, help="interpreter that runs the engine")
     parser.add_argument("--rows", nargs="+", default=[], metavar="S4", help="only these rows")
-    given = parser.parse_args()
+    words = sys.argv[1:]
+    cut = words.index("--") if "--" in words else len(words)
+    given = parser.parse_args(words[:cut])
     os.environ.setdefault("OMP_NUM_THREADS", str(min(4, os.cpu_count() or 1)))
     results = circumstances(("uvicorn", "uvloop", "fastapi")) | {"engine": engine_version()}
     with tempfile.TemporaryDirectory() as name, gateways(Path(name)) as start:
         folder = Path(name)
         model = given.model or write_tiny_llama(folder / "tiny-llama")
-        scene = Scene(start, folder, model, (given.python, "-m", "vllm.entrypoints.openai.api_server"))
+        engine_command = (given.python, "-m", "vllm.entrypoints.openai.api_server")
+        scene = Scene(start, folder, model, engine_command, ("--enforce-eager", *words[cut + 1 :]))
         results |= {"model": model.name, "window": scene.window}
         rows = kept_rows(given.out, given.rows)
         for row in run_rows(scene, set(given.rows)):

@@ -30,6 +30,7 @@ class Scene:
     folder: Path
     model: Path
     engine_command: tuple[str, ...]
+    engine_args: tuple[str, ...]
     window: int = 2048
 
     def serve(self, model: Path | None = None, **fields: Any) -> Gateway:
@@ -38,7 +39,7 @@ class Scene:
         keys = self.folder / "keys.toml"
         keys.write_text(f'[keys.alice]\nsha256 = "{hash_key(ALICE)}"\nadmin = true\n[keys.bob]\nsha256 = "{hash_key(BOB)}"\n')
         own: dict[str, Any] = {"model": str(model or self.model), "served_model_name": "model", "api_keys": str(keys)}
-        own |= {"engine_command": self.engine_command, "engine_args": ["--enforce-eager"], "max_model_len": self.window}
+        own |= {"engine_command": self.engine_command, "engine_args": self.engine_args, "max_model_len": self.window}
         # The queue holds one request, so that a full server is soon reached; a canary may wait for a long prompt's step.
         own |= {"kv_cache_gib": kv_gib, "canary_interval_s": 1, "canary_timeout_s": 5, "queue_size": 1, "drain_s": 30}
         own |= {"header_timeout_s": 1, "body_timeout_s": 2, "request_timeout_s": 90, "start_timeout_s": START_S}

@@ -19,12 +19,14 @@ from restore.kernels.reference import relation_rows
 Loss = Callable[..., Tensor]
 # Beyond, [T, T] of 32 heads no longer fits beside its copies.
 DENSE_TOKENS = 4096
+# Its time grows as the others' does: longer rows would tell nothing new.
+FLEX_TOKENS = 16384
 REFERENCE_TOKENS = (4096, 16384)
 
 
 def peers(tokens: int, reference: Path | None) -> dict[str, Loss]:
     """The peers that can run at this length, by name; `reference` is a checkout of LinearARD."""
-    found: dict[str, Loss] = {"flex": partial(flex, torch.compile(flex_attention))}
+    found: dict[str, Loss] = {"flex": partial(flex, torch.compile(flex_attention))} if tokens <= FLEX_TOKENS else {}
     if tokens <= DENSE_TOKENS:
         found |= {"dense": dense, "compiled": torch.compile(dense)}
     if reference and tokens in REFERENCE_TOKENS:

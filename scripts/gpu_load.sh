@@ -68,13 +68,15 @@ for step in $steps; do
       ;;
     bare) measure "$engine" bare ;;
     gateway)
-      ard serve "$model" --served-model-name measured --attach "$engine" --port "${gateway##*:}" --max-model-len "$window" \
+      # Not by the function: in the background that is a shell of its own, which a signal would end alone.
+      "$python" -m ard_serve.cli serve "$model" --served-model-name measured --attach "$engine" --port "${gateway##*:}" --max-model-len "$window" \
         --beyond-measured mark >"$work/gateway.log" 2>&1 &
       server=$!
       trap 'kill $server 2>/dev/null || true' EXIT
       wait_for "$gateway/readyz" 120
       measure "$gateway" gateway
       kill $server
+      wait $server || true
       ;;
     compare)
       code=0

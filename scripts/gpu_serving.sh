@@ -33,7 +33,7 @@ load_flags=${LOAD_FLAGS---kv-cache-memory-bytes $((24 << 30)) --gpu-memory-utili
   --max-num-batched-tokens 8192 --long-prefill-token-threshold 2048}
 side_flags=${SIDE_FLAGS---gpu-memory-utilization 0.05}
 results=$work/results
-mkdir -p "$out" "$results" "$work/tmp" "$work/extra"
+mkdir -p "$out" "$results/load" "$work/tmp" "$work/extra"
 out=$(realpath "$out")
 cd "$(dirname "$0")/.."
 export PYTHONPATH=.:${PYTHONPATH:-} PYTHON=$python
@@ -46,7 +46,7 @@ left() { echo $((budget - SECONDS)); }
 collect() { # one file, since few may come back; from several steps at once
   (
     flock 9
-    cp "$WORK"/*.log "$results" 2>/dev/null || true
+    cp "$WORK"/*.log "$results/load" 2>/dev/null || true
     tar -C "$work" -czf "$work/serving.tar.gz" results || [ $? = 1 ] # 1: a log grew meanwhile
     cp "$work/serving.tar.gz" "$out/serving.part" && mv "$out/serving.part" "$out/serving.tar.gz"
   ) 9>"$work/lock"

@@ -61,7 +61,8 @@ def preemptions(client: httpx.Client) -> float:
 
 
 def lengths_within(window: int) -> list[int]:
-    return sorted({length for length in (1000, 8000, 32_000, 60_000) if length < window} | {window - 2 * _ANSWER_TOKENS})
+    longest = window - 2 * _ANSWER_TOKENS
+    return sorted({length for length in (1000, 8000, 32_000, 60_000) if length < longest} | {longest})
 
 
 def measure(gateway: Gateway, window: int) -> dict[str, Any]:

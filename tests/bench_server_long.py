@@ -202,7 +202,7 @@ def main() -> None:
                 write(given.out, results := results | {"drain": drain(gateway, given.window)})
             write(given.out, results | {"exit_code": gateway.stop()})
         except BaseException:
-            print(gateway.stderr[-6000:], file=sys.stderr)
+            print(gateway.stderr[-20_000:], file=sys.stderr)
             raise
 
 

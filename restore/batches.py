@@ -63,7 +63,7 @@ class Batches:
         short = [step * plan.short_windows + window - plan.long_windows for window in windows if window >= plan.long_windows]
         for kind, group in groupby(sorted(short, key=self._kind), key=self._kind):
             numbers = list(group)
-            at_once = plan.windows_at_once if kind == "whole" else 1
+            at_once = 1 if kind == "jumped" else plan.windows_at_once
             yield from (self._distilled(numbers[at : at + at_once], kind) for at in range(0, len(numbers), at_once))
         for window in windows:
             if window < plan.long_windows:
@@ -71,7 +71,7 @@ class Batches:
 
     def _kind(self, number: int) -> Kind:
         """How distillation window `number` is read; each share is spread evenly over the windows."""
-        jump, cut = self._config.jump_share, self._config.cut_share
+        jump, cut = self._config.jump_share, self._config.cut
         if not (special := _falls_on(number, jump + cut)):
             return "whole"
         return "jumped" if _falls_on(special - 1, jump / (jump + cut)) else "cut"
@@ -81,7 +81,7 @@ class Batches:
         ids_BT = torch.cat([self._short[number] for number in numbers])
         seed, share = (self._config.seed, numbers[0]), len(numbers) / self._plan.short_windows
         if kind == "cut":
-            return Batch(_cut(ids_BT[0], seed), share)
+            return Batch(_cut(ids_BT, seed), share)
         return Batch(ids_BT, share, jumps=jumps(self._plan.window, self._target_length, seed) if kind == "jumped" else None)
 
     def _read(self, number: int) -> Batch:
@@ -95,11 +95,12 @@ def _falls_on(number: int, share: float) -> int:
     return after if after > before else 0
 
 
-def _cut(ids_T: Tensor, seed: tuple[int, ...]) -> Tensor:
-    """A window as texts of one length, which is drawn: [texts, length]. What is left over at the end is dropped."""
-    lengths = [length for length in _CUT_TOKENS if length < len(ids_T)] or [max(1, len(ids_T) // 2)]
+def _cut(ids_BT: Tensor, seed: tuple[int, ...]) -> Tensor:
+    """Windows as texts of one length, which is drawn: [texts, length]. What is left over at the ends is dropped."""
+    window = ids_BT.shape[1]
+    lengths = [length for length in _CUT_TOKENS if length < window] or [max(1, window // 2)]
     length = lengths[np.random.default_rng(seed).integers(len(lengths))]
-    return ids_T[: len(ids_T) // length * length].view(-1, length)
+    return ids_BT[:, : window // length * length].reshape(-1, length)
 
 
 def validation_batches(plan: Plan, config: RestoreConfig, stream: TokenStream, weaver: Weaver | None) -> list[Batch]:

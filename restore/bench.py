@@ -121,7 +121,9 @@ def _measured(
         "matmul_tflops": ceiling,
         "of_matmul": tflops / ceiling,
         "of_matrix_rate": tflops / gpu.matrix_tflops if gpu else None,
-        "forecast_gib": forecast(case.base, case.rope, case.config).peak_bytes / _GIB,
+        # Layers that kept their work until backward: in a distillation, in a long window.
+        "kept": [faces.kept.distilling, faces.kept.reading],
+        "forecast_gib": forecast(case.base, case.rope, case.config, faces.kept).peak_bytes / _GIB,
         # The CPU's allocator keeps no peak.
         "peak_gib": peak_bytes / _GIB if device.type == "cuda" else None,
         # What the allocator held for that, and a card must have.

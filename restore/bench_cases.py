@@ -10,6 +10,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from restore.config import RestoreConfig
 from restore.data import TokenStream
+from restore.fit import kept_layers
+from restore.forecast import forecast
 from restore.inspection import transformers_config
 from restore.model import TwoFaced
 from restore.parallel import World
@@ -96,9 +98,11 @@ def build_trainer(case: Case, device: torch.device, folder: Path, world: World) 
     """A model of random weights and a trainer of it; `folder` takes what it writes when a step fails."""
     config, rope, base = case.config, case.rope, case.base
     plan = plan_steps(config, rope)
+    kept = kept_layers(base, rope, config, forecast(base, rope, config), device)
     model = build_model(rope.native_config(base), torch.bfloat16 if config.dtype == "bf16" else torch.float32, device)
     if config.quantize:
         model = quantize(model, config.quantize, device)
     stream = random_tokens(base, 3 * max(plan.window, plan.long_window))
     faces = TwoFaced(model, rope, config)
+    faces.kept = kept
     return faces, Trainer(faces, config, rope, stream, stream, folder, world)

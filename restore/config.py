@@ -16,13 +16,17 @@ LONG: frozenset[Objective] = frozenset({"lm", "retrieval"})
 
 # A recipe is a weight for each objective; docs/decisions/0001-default-recipe.md says why `default` is what it is.
 RECIPES: dict[str, dict[Objective, float]] = {
-    "default": {"attention": 1.0, "logits": 1.0, "lm": 1.0},
+    "default": {"attention": 1.0, "logits": 2.0, "lm": 0.5, "retrieval": 0.5},
     "distill": {"attention": 1.0, "logits": 1.0},
     "linearard": {"self_relation": 1.0},
     "cpt": {"lm": 1.0},
     # After LongReD (arXiv 2502.07365): six layers' hidden states at a weight of 5 each, as in its code.
     "longred": {"hidden": 5.0, "lm": 1.0},
 }
+
+
+# Recipes that cut a share of their native windows into short texts; the others are as their authors have them.
+_CUT_SHARES = {"default": 0.5, "distill": 0.5}
 
 
 class RestoreConfig(Settings):
@@ -62,14 +66,18 @@ class RestoreConfig(Settings):
     batch_tokens: PositiveInt = Field(65_536, description="tokens of one optimizer step")
     window: PositiveInt | None = Field(None, description="tokens of a distillation window; the native window when not given")
     long_window: PositiveInt | None = Field(
-        None, description="tokens of a language-model window; four native windows when not given"
+        None, description="tokens of a long window; the target length, at most eight native windows, when not given"
     )
     long_share: float = Field(0.5, ge=0, le=1, description="share of a step's tokens in language-model windows")
     jump_share: float = Field(
         0.0, ge=0, le=1, description="share of the distillation windows that the student reads at far, jumping positions"
     )
-    cut_share: float = Field(
-        0.0, ge=0, le=1, description="share of the distillation windows that are cut into short texts of 64 to 1,024 tokens"
+    cut_share: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="share of the distillation windows that are cut into short texts of 64 to 1,024 tokens; when not given, "
+        "half in the recipes default and distill, none in the others",
     )
     retrieval_spacing: PositiveInt = Field(
         1024, description="tokens of a long window for each fact woven into it, where the objective retrieval is used"
@@ -77,7 +85,9 @@ class RestoreConfig(Settings):
     layer_weighting: Literal["uniform", "equal_loss"] = Field(
         "uniform", description="weights of the layers in relation objectives: uniform, or equal_loss at the start of the run"
     )
-    learning_rate: PositiveFloat = Field(5e-4, description="peak learning rate of AdamW")
+    learning_rate: PositiveFloat | None = Field(
+        None, description="peak learning rate of AdamW; when not given 1e-3 for a model 576 wide, and lower for wider ones"
+    )
     min_learning_rate_ratio: float = Field(0.1, ge=0, le=1, description="the cosine ends at this share of the peak rate")
     warmup_steps: int = Field(4, ge=0, description="steps of linear warm-up; the first counted step already has a rate above 0")
     weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay of the adapters")
@@ -103,6 +113,11 @@ class RestoreConfig(Settings):
         "auto",
         description="spread the frozen weights over several processes; auto does where the model does not fit one device",
     )
+    recompute: Literal["auto", "all", "none"] = Field(
+        "auto",
+        description="layers whose work is done again in backward instead of kept: all takes the least memory; auto keeps what "
+        "a GPU has room for",
+    )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes a CUDA device where there is one")
     evaluate: bool = Field(True, description="measure native, stretched and restored before the result is published")
     evaluation: EvalConfig = Field(EvalConfig(), description="what to measure; the held-out documents where it names no data")
@@ -116,8 +131,8 @@ class RestoreConfig(Settings):
             raise ValueError("at least one objective needs a weight above 0")
         if any(weight < 0 for weight in self.weights.values()):
             raise ValueError("objective weights cannot be negative")
-        if self.jump_share + self.cut_share > 1:
-            raise ValueError(f"jump_share + cut_share = {self.jump_share + self.cut_share:g}: together at most 1")
+        if (both := self.jump_share + self.cut) > 1:
+            raise ValueError(f"jump_share + cut_share = {both:g}: together at most 1")
         if self.alpha is not None and self.trainable == "full":
             raise ValueError("alpha belongs to trainable 'lora', this run trains full-rank deltas")
         if self.quantize is not None and self.trainable == "full":
@@ -138,6 +153,11 @@ class RestoreConfig(Settings):
         """Weight of each objective in use."""
         chosen = RECIPES[self.recipe] if self.objectives is None else self.objectives
         return {name: weight for name, weight in chosen.items() if weight != 0}
+
+    @property
+    def cut(self) -> float:
+        """`cut_share`, or the recipe's."""
+        return _CUT_SHARES.get(self.recipe, 0.0) if self.cut_share is None else self.cut_share
 
     @property
     def distils(self) -> bool:

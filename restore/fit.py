@@ -9,7 +9,8 @@ import torch
 
 from ard_serve.errors import ResourceError, UsageError
 from restore.config import RestoreConfig
-from restore.forecast import Forecast, forecast
+from restore.forecast import Forecast, forecast, most_kept
+from restore.model import Kept
 from restore.parallel import ALONE, World
 from restore.plan import Plan, plan_steps
 from restore.quantize import is_available
@@ -18,6 +19,8 @@ from restore.rope import RopePlan
 # Below these, a run would teach nothing worth having.
 _SHORTEST_WINDOW, _LOWEST_RANK = 512, 8
 _PROCESSES = (2, 4, 8, 16)
+# Of the memory that is free: what an allocator holds beyond what is in use, and what a forecast may be off.
+_KEPT_WITHIN = 0.85
 
 
 def check_memory(
@@ -44,6 +47,15 @@ def check_memory(
     remedy = smaller(base, rope, config, free_bytes, world.size if "on" in ways else 1)
     told = "; ".join([remedy, *otherwise(base, rope, config, whole, free_bytes)])
     raise ResourceError(f"{device}: this run needs about {needed}, {free_bytes / 1e9:.1f} GB are free; {told}")
+
+
+def kept_layers(base: Mapping[str, Any], rope: RopePlan, config: RestoreConfig, needed: Forecast, device: torch.device) -> Kept:
+    """How many layers keep their work until backward: `config.recompute` says, "auto" as many as fit the GPU."""
+    if config.recompute == "all" or config.shard == "on" or (config.recompute == "auto" and device.type == "cpu"):
+        return Kept()
+    if config.recompute == "none":
+        return Kept(needed.layers, needed.layers)
+    return most_kept(base, rope, config, needed, int(_KEPT_WITHIN * _free_bytes(device)))
 
 
 def _ways(config: RestoreConfig, world: World) -> tuple[str, ...]:

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 
 from restore.config import RestoreConfig
 from restore.inspection import transformers_config
-from restore.model import TwoFaced
+from restore.model import Kept, TwoFaced
 from restore.objectives import Losses
 from restore.plan import plan_steps
 from restore.quantize import QuantizedLinear, quantize
@@ -34,6 +34,7 @@ _LONGEST_MEASURED = 131_072
 BYTES_PER_TRAINED = 20
 # Of a sharded model, a process holds at most so many layers whole: the one that runs, the next, and the next as it arrives.
 _WHOLE_LAYERS = 3
+_NONE = Kept()
 
 
 @dataclass(frozen=True)
@@ -43,11 +44,15 @@ class Forecast:
     weights_bytes: int
     trained_bytes: int
     """Adapters, their gradients, the optimizer's state and the best adapters so far."""
-    step_bytes: int
-    """What a step adds: checkpoints, one layer's work, a chunk of logits."""
+    passes_bytes: tuple[int, int]
+    """What a distillation and a long window add: checkpoints, one layer's work, a chunk of logits."""
     layer_bytes: int
     """The frozen weights of one decoder layer."""
     layers: int
+
+    @property
+    def step_bytes(self) -> int:
+        return max(self.passes_bytes)
 
     @property
     def peak_bytes(self) -> int:
@@ -64,13 +69,14 @@ class Forecast:
         return f"{peak} (weights {weights}, adapters and optimizer {trained}, a step {step})"
 
 
-def forecast(base: Mapping[str, Any], rope: RopePlan, config: RestoreConfig) -> Forecast:
+def forecast(base: Mapping[str, Any], rope: RopePlan, config: RestoreConfig, kept: Kept = _NONE) -> Forecast:
     """Forecast a run on one device from the model's config.json alone.
 
     Args:
         base: the contents of config.json.
         rope: how far it is stretched.
         config: the run.
+        kept: layers that keep their work until backward.
 
     Raises:
         UsageError: it is to be quantised, and bitsandbytes is not installed.
@@ -78,10 +84,30 @@ def forecast(base: Mapping[str, Any], rope: RopePlan, config: RestoreConfig) -> 
     layers = int(base["num_hidden_layers"])
     few, more = (_measure(base, rope, config, count) for count in (_FEW, _MORE))
     weights, trained, distilling, reading = (low + (layers - _FEW) * (high - low) for low, high in zip(few, more, strict=True))
-    return Forecast(weights, trained, max(distilling, reading), more[0] - few[0], layers)
+    if kept != _NONE:
+        for_each = kept_bytes(base, rope, config)
+        distilling += kept.distilling * for_each[0]
+        reading += kept.reading * for_each[1]
+    return Forecast(weights, trained, (distilling, reading), more[0] - few[0], layers)
 
 
-def _measure(base: Mapping[str, Any], rope: RopePlan, config: RestoreConfig, layers: int) -> tuple[int, int, int, int]:
+def kept_bytes(base: Mapping[str, Any], rope: RopePlan, config: RestoreConfig) -> tuple[int, int]:
+    """What a layer that keeps its work until backward adds to a distillation and to a long window: bytes of each."""
+    one, two = (_measure(base, rope, config, _MORE, Kept(count, count)) for count in (1, 2))
+    return two[2] - one[2], two[3] - one[3]
+
+
+def most_kept(base: Mapping[str, Any], rope: RopePlan, config: RestoreConfig, needed: Forecast, usable_bytes: int) -> Kept:
+    """As many layers as can keep their work until backward within `usable_bytes`, where `needed` keeps none."""
+    rest = usable_bytes - needed.weights_bytes - needed.trained_bytes
+    for_each = kept_bytes(base, rope, config)
+    fit = [(rest - taken) // max(1, more) for taken, more in zip(needed.passes_bytes, for_each, strict=True)]
+    return Kept(*(max(0, min(needed.layers, count)) for count in fit))
+
+
+def _measure(
+    base: Mapping[str, Any], rope: RopePlan, config: RestoreConfig, layers: int, kept: Kept = _NONE
+) -> tuple[int, int, int, int]:
     """For a model of `layers` layers: bytes of the weights, of what is trained, of a distillation and of an lm window."""
     plan = plan_steps(config, rope)
     shape = rope.native_config(dict(base)) | {"num_hidden_layers": layers}
@@ -94,6 +120,7 @@ def _measure(base: Mapping[str, Any], rope: RopePlan, config: RestoreConfig, lay
         quantize(model, config.quantize, torch.device("meta"))
     with torch.device("meta"):
         faces = TwoFaced(model, rope, config)
+    faces.kept = kept
     with FakeTensorMode():
         _materialise(faces)
         for parameter in faces.adapters.parameters():

@@ -20,10 +20,10 @@ from restore.evaluate import evaluate_restoration, machine
 from restore.evaluation import gate
 from restore.evaluation.results import EvaluationReport
 from restore.export import Assessment, Provenance, Reference, check_room, export
-from restore.fit import check_memory
+from restore.fit import check_memory, kept_layers
 from restore.inspection import read_config
 from restore.loading import Checkpoint, inspect, load, load_tokenizer, resolve
-from restore.model import TwoFaced
+from restore.model import Kept, TwoFaced
 from restore.parallel import ALONE, World, joined
 from restore.plan import plan_steps
 from restore.quantize import is_quantized, quantize
@@ -116,18 +116,23 @@ def _prepare(config: RestoreConfig, world: World) -> tuple[Loaded, Trainer]:
     train_documents, held_documents = split_documents(read_documents(config.data), config.validation_share, config.seed)
     settled, needed = check_memory(read_config(folder), rope, config, _device(config), world)
     _log.info("memory: about %s", needed)
+    kept = kept_layers(read_config(folder), rope, settled, needed, _device(config))
+    if kept != Kept():
+        counts = (kept.distilling, kept.reading, needed.layers)
+        _log.info("there is more: %d (to distil) and %d (long windows) of %d layers keep their work until backward", *counts)
     if settled.shard == "on" and config.evaluate:
         raise UsageError(
             "evaluate: a sharded model fits no device whole; add --no-evaluate and measure it served (ard eval --server)"
         )
     loaded = _load(settled, world)
+    loaded.faces.kept = kept
     check_room(loaded.base, config.out / MODEL)
     tokenizer, vocab_size = load_tokenizer(folder), int(loaded.base.config["vocab_size"])
     train, held = (tokenize(documents, tokenizer, vocab_size) for documents in (train_documents, held_documents))
     weaver = Weaver(tokenizer, config.retrieval_spacing) if "retrieval" in config.weights else None
     trainer = Trainer(loaded.faces, settled, rope, train, held, config.out, world, weaver)
     if world.leads:
-        config.save(config.out / CONFIG)
+        config.model_copy(update={"learning_rate": trainer.peak_rate}).save(config.out / CONFIG)
         write_documents(held_documents, config.out / HELD_OUT)
         source = ", ".join(config.data)
         record = DataRecord(source=source, documents=train.documents, tokens=len(train.ids), sha256=train.sha256)
@@ -287,6 +292,8 @@ def _memory_errors(config: RestoreConfig) -> Iterator[None]:
         base = read_config(resolve(config.model))
         plan = plan_steps(config, config.plan_rope(base))
         halves = f"--window {plan.window // 2} --long-window {plan.long_window // 2}"
+        keeps = config.recompute == "none" or (config.recompute == "auto" and _device_type(config) == "cuda")
+        halves += ", and less with --recompute all" if keeps else ""
         raise ResourceError(
             f"out of memory ({reason}) with windows of {plan.window} and {plan.long_window} tokens and rank {config.rank}; "
             f"about half is needed with {halves}"

@@ -30,8 +30,18 @@ See = Callable[[int, Tensor, Tensor], None]
 Rope = tuple[Tensor, Tensor]
 
 
+@dataclass(frozen=True)
+class Kept:
+    """How many layers keep their work until backward instead of doing it again: in a distillation, in a long window."""
+
+    distilling: int = 0
+    reading: int = 0
+
+
 class TwoFaced:
     """A causal language model that is teacher and student at once."""
+
+    kept = Kept()
 
     def __init__(self, model: PreTrainedModel, plan: RopePlan, config: RestoreConfig, shards: "Shards | None" = None) -> None:
         """Hook the model's attention, attach adapters and build both rotary tables with transformers' own module.
@@ -74,13 +84,16 @@ class TwoFaced:
             self.model.model.rotary_emb = self.rotary["student"]
 
     def student(self, ids_BT: Tensor, positions_BT: Tensor | None = None) -> Tensor:
-        """Final hidden states of the student, one checkpoint a layer: [B, T, C]."""
+        """Final hidden states of the student, one checkpoint a layer that is not kept: [B, T, C]."""
         hidden = self._embed(ids_BT)
         rope = self.rotary["student"](hidden, self._positions(ids_BT, positions_BT))
         for number, layer in enumerate(self.layers):
-            hidden, _, _ = recomputed(
-                _Reading(layer, rope), hidden, None, self.adapters.of_layer(number), self._present(number)
-            )
+            reading = _Reading(layer, rope)
+            hidden = (
+                reading(hidden, None, None, False)
+                if number < self.kept.reading
+                else recomputed(reading, hidden, None, self.adapters.of_layer(number), self._present(number))
+            )[0]
         return self._norm(hidden)
 
     def pair(
@@ -93,7 +106,7 @@ class TwoFaced:
         """Teacher and student read the same tokens together, layer by layer.
 
         Each layer's relations are compared inside that layer's checkpoint, so they never outlive it: what stays until
-        backward is one hidden state of each face a layer.
+        backward is one hidden state of each face a layer, and the work of those that are `kept`.
 
         Args:
             ids_BT: token ids, T at most the native window.
@@ -112,8 +125,10 @@ class TwoFaced:
         losses: list[dict[str, Tensor]] = []
         for number, layer in enumerate(self.layers):
             comparing = _Comparing(layer, ropes, relation_loss, self._frozen)
-            student, values, native = recomputed(
-                comparing, student, teacher, self.adapters.of_layer(number), self._present(number)
+            student, values, native = (
+                comparing(student, teacher, None, False)
+                if number < self.kept.distilling
+                else recomputed(comparing, student, teacher, self.adapters.of_layer(number), self._present(number))
             )
             losses.append(dict(zip(comparing.names, values, strict=True)) if values is not None else {})
             assert native is not None, "the first pass gives the teacher's hidden states"
@@ -153,7 +168,7 @@ class _Reading:
     layer: nn.Module
     rope: Rope
 
-    def __call__(self, student_BTC: Tensor, _teacher: Tensor | None, _rows: KeptRows, _again: bool) -> Outputs:
+    def __call__(self, student_BTC: Tensor, _teacher: Tensor | None, _rows: KeptRows | None, _again: bool) -> Outputs:
         return _run_layer(self.layer, student_BTC, self.rope), None, None
 
 
@@ -168,7 +183,7 @@ class _Comparing:
     names: tuple[str, ...] = ()
     """Of the losses, once it has run."""
 
-    def __call__(self, student_BTC: Tensor, teacher_BTC: Tensor | None, rows: KeptRows, again: bool) -> Outputs:
+    def __call__(self, student_BTC: Tensor, teacher_BTC: Tensor | None, rows: KeptRows | None, again: bool) -> Outputs:
         assert teacher_BTC is not None, "both faces read"
         student_rope, teacher_rope = self.ropes
         if self.relation_loss is None:
@@ -183,7 +198,7 @@ class _Comparing:
             else:
                 teacher = _run_layer(self.layer, teacher_BTC, teacher_rope, native)
         student = _run_layer(self.layer, student_BTC, student_rope, own)
-        with rows.around():
+        with rows.around() if rows else nullcontext():
             losses = self.relation_loss(own.taken, native.taken)
         self.names = tuple(losses)
         return student, torch.stack(list(losses.values())), teacher

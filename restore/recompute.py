@@ -1,5 +1,7 @@
 """Checkpointing of one layer: what stays until backward is what the layer read, and a few numbers a relation row.
 
+Where there is memory to spare, a layer keeps its graph instead, and backward runs nothing again.
+
 PyTorch's own selective checkpointing can do the same, but sends every operation of a layer through Python, forward and again
 in backward, and builds the graph twice. On a small model that takes longer than the arithmetic.
 """
@@ -55,7 +57,7 @@ Outputs = tuple[Tensor, Tensor | None, Tensor | None]
 class Layer(Protocol):
     """One decoder layer as `recomputed` runs it: now, and `again` in backward, where the teacher's output is not needed."""
 
-    def __call__(self, student_BTC: Tensor, teacher_BTC: Tensor | None, rows: KeptRows, again: bool, /) -> Outputs: ...
+    def __call__(self, student_BTC: Tensor, teacher_BTC: Tensor | None, rows: KeptRows | None, again: bool, /) -> Outputs: ...
 
 
 # Entered around all work on a layer, forward and (true) backward: its weights are there inside.

@@ -26,7 +26,7 @@ from restore.metrics import MetricsLog
 from restore.model import TwoFaced
 from restore.objectives import Losses
 from restore.parallel import ALONE, World
-from restore.plan import learning_rate, plan_steps
+from restore.plan import learning_rate, peak_rate, plan_steps
 from restore.retrieval import Weaver
 from restore.rope import RopePlan
 from restore.runfolder import CHECKPOINTS
@@ -55,13 +55,15 @@ class Trainer:
         `weaver` puts the facts into long windows that the objective `retrieval` asks for.
         """
         self.plan = plan_steps(config, rope)
+        self.peak_rate = peak_rate(config, faces.model.config.hidden_size)
+        config = config.model_copy(update={"learning_rate": self.peak_rate})
         self._faces, self._config, self._folder, self._world = faces, config, folder, world
         self._losses = Losses(faces, config.weights)
         self._batches = Batches(self.plan, config, train, rope.target_length, weaver)
         self._validation = validation_batches(self.plan, config, validation, weaver)
         self._parameters = faces.adapters.state()
         self._optimizer = torch.optim.AdamW(
-            self._parameters.values(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
+            self._parameters.values(), lr=self.peak_rate, weight_decay=config.weight_decay, fused=True
         )
         self._device = faces.model.device
         self._tflop = Counter(faces.model.config.to_dict(), config).step(self.plan).counted / world.size / 1e12
@@ -125,7 +127,7 @@ class Trainer:
             raise NumericsError(
                 f"step {state.step}: validation loss {loss:.4g}, {first:.4g} before training: the run "
                 f"{'made nothing better' if in_vain else 'diverged'}. The best weights, of step {state.best_step}, are in "
-                f"{self._folder / CHECKPOINTS}; try a lower --learning-rate than {self._config.learning_rate}"
+                f"{self._folder / CHECKPOINTS}; try a lower --learning-rate than {self.peak_rate}"
             )
 
     def step(self) -> dict[str, Any]:
@@ -136,7 +138,7 @@ class Trainer:
         """
         started = time.monotonic()
         number = self._state.step
-        rate = learning_rate(self._config, number, self.plan.steps)
+        rate = learning_rate(self._config, self.peak_rate, number, self.plan.steps)
         for group in self._optimizer.param_groups:
             group["lr"] = rate
         self._optimizer.zero_grad(set_to_none=True)
@@ -254,13 +256,16 @@ class Trainer:
         path.write_text(json.dumps([window for batch in batches for window in batch.ids_BT.tolist()]), encoding="utf-8")
         return (
             f"step {number + 1}: loss {loss}, gradient norm {norm}; the weights were not changed. "
-            f"The batch is in {path}; try a lower --learning-rate than {self._config.learning_rate} or --dtype fp32"
+            f"The batch is in {path}; try a lower --learning-rate than {self.peak_rate} or --dtype fp32"
         )
 
 
 def _fingerprint(config: RestoreConfig, train: TokenStream, validation: TokenStream) -> dict[str, Any]:
     """What must be equal for a resumed run to be the run it goes on with."""
-    free = {"out", "resume", "resume_changed", "evaluate", "evaluation", "gate", "checkpoint_every", "device", "data", "model"}
+    free = {
+        "out", "resume", "resume_changed", "evaluate", "evaluation", "gate", "checkpoint_every", "recompute", "device", "data",
+        "model",
+    }  # fmt: skip
     settings: dict[str, Any] = config.model_dump(mode="json", exclude=free)
     return settings | {"train data": train.sha256, "validation data": validation.sha256, "threads": torch.get_num_threads()}
 

@@ -1,10 +1,10 @@
 """Restore one model in many ways, each measured alike, in pieces of a few minutes: recipes x RoPE types x seeds.
 
-    python -m scripts.study STUDY.yaml --out WORK [--results FOLDER] [--minutes 9] [--part 1/3]
+    python -m scripts.study STUDY.yaml --out WORK [--results FOLDER] [--minutes 9] [--runs NAME ...]
 
 Each call goes on where the last one stopped and ends in time: exit code 75 means that there is more to do, 0 that all is done.
 A finished run is appended to FOLDER/quality-<model>.json. Native and merely stretched models are measured once. A small model
-leaves most of a GPU idle: give each of several processes its part of the runs, all with the same WORK. STUDY.yaml:
+leaves most of a GPU idle: give each of several processes its runs, all with the same WORK. STUDY.yaml:
 
     model: SmolLM2-135M-Instruct
     restore: {target_length: 65536, data: [books/train]}     # what all runs share: fields of `ard restore`
@@ -24,7 +24,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,7 @@ from pydantic import Field
 
 from ard_serve.artifact import read_manifest
 from ard_serve.console import setup_logging
-from ard_serve.errors import EXIT_TERMINATED, ArdError, ModelError, NumericsError
+from ard_serve.errors import EXIT_TERMINATED, ArdError, ModelError, NumericsError, UsageError
 from ard_serve.settings import Settings
 from restore import evaluate, metrics, report
 from restore.config import RestoreConfig
@@ -75,13 +74,15 @@ class Work:
     results: Path
     command: str
     deadline: float
-    part: int = 1
-    parts: int = 1
+    chosen: tuple[str, ...] = ()
 
     def do(self) -> None:
         """Seeds one after the other, so that a study that is cut short has every recipe once."""
-        for name, config in islice(self.runs(), self.part - 1, None, self.parts):
-            if self.train(config):
+        runs = dict(self.runs())
+        if unknown := set(self.chosen) - runs.keys():
+            raise UsageError(f"runs: no {', '.join(sorted(unknown))} in this study; it has {', '.join(runs)}")
+        for name, config in runs.items():
+            if (not self.chosen or name in self.chosen) and self.train(config):
                 self.measure(name, config)
 
     def runs(self) -> Iterator[tuple[str, RestoreConfig]]:
@@ -177,7 +178,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder of the runs; the next piece goes on from it")
     parser.add_argument("--results", type=Path, default=record_quality.RESULTS, help="folder of quality-<model>.json")
     parser.add_argument("--minutes", type=float, default=9.0, help="length of this piece (default: 9)")
-    parser.add_argument("--part", default="1/1", metavar="K/N", help="do every N-th run, from the K-th on")
+    parser.add_argument("--runs", nargs="+", default=[], metavar="NAME", help="RECIPE-ROPE-SEED; all when not given")
     given = parser.parse_args(arguments)
     setup_logging()
     deadline = time.monotonic() + 60 * given.minutes
@@ -185,8 +186,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         study = Study.resolve(given.study, {})
         command = f"python -m scripts.study {given.study} --out {given.out}"
-        part, parts = map(int, given.part.split("/"))
-        Work(study, given.out, given.results, command, deadline, part, parts).do()
+        Work(study, given.out, given.results, command, deadline, tuple(given.runs)).do()
     except OutOfTimeError:
         _log.info("this piece is over, the study is not; run the same command again")
         return MORE_TO_DO

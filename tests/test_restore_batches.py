@@ -31,6 +31,15 @@ def rows(found: list[Batch]) -> list[tuple[int, ...]]:
     return sorted(tuple(row.tolist()) for batch in found for row in batch.ids_BT)
 
 
+@pytest.mark.parametrize(("recipe", "share"), [("default", 0.5), ("distill", 0.5), ("linearard", 0.0), ("longred", 0.0)])
+def test_only_recipes_of_our_own_cut_windows_unless_told(recipe: str, share: float) -> None:
+    made = batches(recipe=recipe, window=128, long_window=512)
+    found = [batch for step in range(4) for batch in made.of_step(step, range(len(made.lengths()))) if not batch.is_long]
+    assert sum(batch.share for batch in found if batch.ids_BT.shape[1] < 128) == pytest.approx(4 * share)
+    told = batches(recipe=recipe, window=128, long_window=512, cut_share=0)
+    assert all(batch.ids_BT.shape[1] in (128, 512) for batch in told.of_step(0, range(len(told.lengths()))))
+
+
 def test_shares_of_each_kind_make_a_whole_and_processes_share_the_same_windows() -> None:
     made = batches(jump_share=0.25, long_window=512)
     count = len(made.lengths())
@@ -58,12 +67,13 @@ def test_a_share_is_cut_into_short_texts_of_many_lengths() -> None:
     found = [batch for step in range(16) for batch in made.of_step(step, range(5)) if not batch.is_long]
     assert sum(batch.share for batch in found) == pytest.approx(16)
     cut = [batch for batch in found if batch.ids_BT.shape[1] < 128]
-    assert (len(cut), sum(batch.jumps is not None for batch in found)) == (32, 16)
-    assert {tuple(batch.ids_BT.shape) for batch in cut} == {(2, 64)}
-    whole = batches(window=128, long_window=512)
+    assert (len(cut), sum(batch.jumps is not None for batch in found)) == (16, 16)
+    assert {tuple(batch.ids_BT.shape) for batch in cut} == {(4, 64)}, "two windows in one pass, of two texts each"
+    whole = batches(window=128, long_window=512, cut_share=0)
     rows_of = {tuple(row.tolist()) for step in range(16) for batch in whole.of_step(step, range(5)) for row in batch.ids_BT}
-    assert all(tuple(batch.ids_BT.flatten().tolist()) in rows_of for batch in cut), "the same text, in pieces"
-    lengths = {int(_cut(torch.arange(8192), (0, number)).shape[1]) for number in range(40)}
+    texts = [tuple(window.tolist()) for batch in cut for window in batch.ids_BT.view(2, 128)]
+    assert all(text in rows_of for text in texts), "the same text, in pieces"
+    lengths = {int(_cut(torch.arange(8192)[None], (0, number)).shape[1]) for number in range(40)}
     assert lengths == {64, 128, 256, 512, 1024}
     with pytest.raises(ValueError, match=r"jump_share \+ cut_share = 1.25"):
         batches(jump_share=0.75, cut_share=0.5)

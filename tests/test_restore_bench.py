@@ -39,7 +39,7 @@ def test_a_run_measures_real_steps_and_is_added_to_the_file(tmp_path: Path, monk
     mixed, read = first["rows"]
     assert [row["quantize"] for row in (mixed, read, *second["rows"])] == [None, None, "4bit"]
     assert second["rows"][0]["forecast_gib"] > 0
-    assert (mixed["window"], mixed["long_window"], mixed["step_tokens"]) == (64, 256, 512)
+    assert (mixed["window"], mixed["long_window"], mixed["step_tokens"]) == (64, 512, 1024)
     assert (read["window"], read["long_window"], read["rank"]) == (0, 64, 4)
     config = Case("tiny", 64, {"recipe": "default", "rank": 4, "batch_tokens": 256}).config
     counted = Counter(SHAPES["tiny"], config).step(plan_steps(config, config.plan_rope(Case("tiny", 64, {}).base))).counted

@@ -35,25 +35,25 @@ def test_each_kind_of_window_takes_its_time_at_the_rate_that_was_measured_for_it
         tmp_path,
         "NVIDIA H100 80GB HBM3",
         {"window": 4096, "long_window": 0, "tflops": 400.0},
-        {"window": 0, "long_window": 16_384, "tflops": 500.0},
+        {"window": 0, "long_window": 32_768, "tflops": 500.0},
         # None of these is like the run: other windows, another width, several GPUs, another trainer, a case that did not fit.
         {"window": 32_768, "long_window": 0, "tflops": 1.0},
         {"window": 4096, "long_window": 0, "hidden_size": 576, "tflops": 1.0},
         {"window": 4096, "long_window": 0, "processes": 2, "tflops": 1.0},
         {"window": 4096, "long_window": 0, "engine": "LinearARD", "tflops": 1.0},
-        {"window": 4096, "long_window": 16_384, "tflops": 1.0},
+        {"window": 4096, "long_window": 32_768, "tflops": 1.0},
         {"window": 4096, "long_window": 0, "quantize": "4bit", "tflops": 1.0},
         {"window": 4096, "long_window": 0, "error": "out of memory"},
     )
     counter = Counter(MIXED.base, MIXED.config)
     plan = plan_steps(MIXED.config, MIXED.rope)
-    assert (plan.window, plan.long_window) == (4096, 16_384)
-    distilled, read = plan.short_windows * counter.distilled(4096).counted, plan.long_windows * counter.read(16_384).counted
+    assert (plan.window, plan.long_window) == (4096, 32_768)
+    distilled, read = plan.short_windows * counter.distilled(4096).counted, plan.long_windows * counter.read(32_768).counted
     assert seconds(tmp_path) == pytest.approx(10 * (distilled / 400e12 + read / 500e12))
     said = Speeds(tmp_path).training(H100, MIXED.base, MIXED.config, plan)
     assert said.sources == (
         "measured with 7b and 4,096 tokens (engine-H100.json)",
-        "measured with 7b and 16,384 tokens (engine-H100.json)",
+        "measured with 7b and 32,768 tokens (engine-H100.json)",
     )
     assert said.of_rate(H100) == pytest.approx(10 * (distilled + read) / seconds(tmp_path) / 989.4e12)
 
@@ -61,7 +61,7 @@ def test_each_kind_of_window_takes_its_time_at_the_rate_that_was_measured_for_it
 def test_another_gpu_lends_its_share_where_the_named_one_was_not_measured(tmp_path: Path) -> None:
     rows = [
         {"window": 4096, "long_window": 0, "tflops": 0.5 * 989.4},
-        {"window": 0, "long_window": 16_384, "tflops": 0.5 * 989.4},
+        {"window": 0, "long_window": 32_768, "tflops": 0.5 * 989.4},
     ]
     results(tmp_path, "NVIDIA H100 80GB HBM3", *rows)
     assert seconds(tmp_path, gpu=A100) == pytest.approx(seconds(tmp_path) * 989.4 / 312)

@@ -12,11 +12,12 @@ import torch
 
 from ard_serve.cli import main
 from restore.config import RestoreConfig
+from restore.fit import kept_layers
 from restore.forecast import forecast
 from restore.inspection import read_config
 from restore.kernels import chunked
 from restore.loading import load
-from restore.model import TwoFaced
+from restore.model import Kept, TwoFaced
 from restore.objectives import Losses
 from restore.plan import plan_steps
 from restore.rope import RopePlan, plan_rope
@@ -43,18 +44,29 @@ def planned(base: dict[str, Any], **fields: Any) -> tuple[RestoreConfig, RopePla
     return config, plan_rope(base, config.target_length, config.rope_type)
 
 
-@pytest.mark.parametrize(("recipe", "dtype"), [("default", "bf16"), ("default", "fp32"), ("linearard", "bf16")])
+@pytest.mark.parametrize(
+    ("recipe", "dtype", "kept"),
+    [
+        ("default", "bf16", Kept()),
+        ("default", "fp32", Kept()),
+        ("linearard", "bf16", Kept()),
+        ("distill", "bf16", Kept(4, 0)),
+        ("cpt", "bf16", Kept(0, 5)),
+        ("linearard", "bf16", Kept(4, 0)),
+    ],
+)
 def test_a_real_step_takes_what_was_forecast(
-    make_checkpoint: MakeCheckpoint, recipe: str, dtype: str, monkeypatch: pytest.MonkeyPatch
+    make_checkpoint: MakeCheckpoint, recipe: str, dtype: str, kept: Kept, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # The CPU kernel's scratch, 1 MiB a tile, is nothing beside a real model and would be much beside this one.
     monkeypatch.setattr(chunked, "TILE_ELEMENTS", 1 << 13)
     folder = make_checkpoint("llama3", num_hidden_layers=LAYERS, max_position_embeddings=512, **SHAPE)
     base = read_config(folder)
     config, rope = planned(base, recipe=recipe, dtype=dtype, batch_tokens=2048, window=256)
-    expected = forecast(base, rope, config)
+    expected = forecast(base, rope, config, kept)
 
     faces = TwoFaced(load(folder, torch.bfloat16 if dtype == "bf16" else torch.float32), rope, config)
+    faces.kept = kept
     plan, losses = plan_steps(config, rope), Losses(faces, config.weights)
     trained = sum(parameter.numel() for parameter in faces.adapters.parameters())
     for parameter in faces.adapters.parameters():
@@ -68,6 +80,22 @@ def test_a_real_step_takes_what_was_forecast(
     assert expected.weights_bytes == sum(weight.nbytes for weight in weights)
     assert expected.trained_bytes == 20 * trained
     assert expected.step_bytes == pytest.approx(_peak(profile), rel=0.1)
+
+
+def test_as_many_layers_are_kept_as_there_is_room_for(make_checkpoint: MakeCheckpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = read_config(make_checkpoint("llama3", num_hidden_layers=LAYERS, max_position_embeddings=512, **SHAPE))
+    config, rope = planned(base, batch_tokens=2048, window=256)
+    none = forecast(base, rope, config)
+    cuda = torch.device("cuda")
+    for free_bytes in (none.peak_bytes, 2 * none.peak_bytes, 100 * none.peak_bytes):
+        monkeypatch.setattr("restore.fit._free_bytes", lambda _, free=free_bytes: free)
+        kept = kept_layers(base, rope, config, none, cuda)
+        assert forecast(base, rope, config, kept).peak_bytes <= max(none.peak_bytes, 0.85 * free_bytes)
+        one_more = Kept(min(LAYERS, kept.distilling + 1), min(LAYERS, kept.reading + 1))
+        assert kept == Kept(LAYERS, LAYERS) or forecast(base, rope, config, one_more).peak_bytes > 0.85 * free_bytes
+    assert kept == Kept(LAYERS, LAYERS)
+    assert kept_layers(base, rope, config, none, torch.device("cpu")) == Kept(), "the CPU's memory is everybody's"
+    assert kept_layers(base, rope, config.model_copy(update={"recompute": "all"}), none, cuda) == Kept()
 
 
 def _peak(profile: torch.profiler.profile) -> int:

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from restore.config import RestoreConfig
-from restore.model import TwoFaced
+from restore.model import Kept, TwoFaced, _Comparing
 from restore.objectives import Losses
 from restore.recompute import KeptRows
 from restore.rope import plan_rope
@@ -102,15 +102,29 @@ def test_merging_the_reported_deltas_gives_the_student(make_checkpoint: Callable
 
 
 def test_checkpointed_gradients_equal_plain_ones(make_checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Recomputation captures each layer's relations again, and only they count once."""
+    """Recomputation captures each layer's relations again, and only they count once; a layer that is kept gives the same."""
 
-    def gradients() -> list[torch.Tensor]:
+    def gradients(kept: int = 0) -> list[torch.Tensor]:
         faces = two_faces(make_checkpoint("qwen3"))
+        faces.kept = Kept(kept, kept)
         loss, _, _ = Losses(faces, {"self_relation": 1.0, "attention": 1.0, "logits": 1.0}).distil(IDS)
         torch.autograd.backward(loss)
         return [parameter.grad for parameter in faces.adapters.parameters() if parameter.grad is not None]
 
     checkpointed = gradients()
+    runs: list[bool] = []
+    run = _Comparing.__call__
+
+    def noted(self: _Comparing, *args: Any) -> Any:
+        runs.append(args[3])
+        return run(self, *args)
+
+    monkeypatch.setattr(_Comparing, "__call__", noted)
+    for kept, again in ((1, 1), (2, 0)):
+        for a, b in zip(gradients(kept), checkpointed, strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=0)
+        assert sum(runs) == again, "layers that ran again in backward"
+        runs.clear()
     monkeypatch.setattr("restore.model.recomputed", lambda layer, *hidden: layer(*hidden[:2], KeptRows(), False))
     monkeypatch.setattr("restore.objectives.checkpoint", lambda function, *a, **_: function(*a))
     plain = gradients()

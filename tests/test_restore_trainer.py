@@ -17,7 +17,7 @@ from restore.data import TokenStream
 from restore.flops import Counter
 from restore.loading import load, load_tokenizer
 from restore.model import TwoFaced
-from restore.plan import learning_rate, plan_steps
+from restore.plan import learning_rate, peak_rate, plan_steps
 from restore.retrieval import Weaver
 from restore.rope import plan_rope
 from restore.trainer import Trainer
@@ -57,7 +57,7 @@ def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 def test_the_rate_is_never_zero_warms_up_and_ends_at_its_floor() -> None:
     config = settings(warmup_steps=4, min_learning_rate_ratio=0.1)
-    rates = [learning_rate(config, step, 20) for step in range(20)]
+    rates = [learning_rate(config, 0.01, step, 20) for step in range(20)]
     assert rates[0] == pytest.approx(0.01 / 5)
     assert rates[:4] == sorted(rates[:4])
     assert max(rates) == rates[4] == pytest.approx(0.01)
@@ -65,11 +65,19 @@ def test_the_rate_is_never_zero_warms_up_and_ends_at_its_floor() -> None:
     assert rates[-1] == pytest.approx(0.001)
 
 
+def test_a_wide_model_learns_at_a_lower_rate_unless_one_is_set() -> None:
+    unset = settings(learning_rate=None)
+    rates = [peak_rate(unset, width) for width in (64, 576, 2048, 4096)]
+    assert rates == [1e-3, 1e-3, 3.71e-4, 2.16e-4]
+    assert peak_rate(settings(learning_rate=None, trainable="full"), 576) == 3e-4
+    assert peak_rate(settings(), 4096) == 0.01
+
+
 def test_a_step_is_filled_with_windows_of_both_kinds() -> None:
     rope = plan_rope(CONFIG, 512)
     plan = plan_steps(settings(window=None, long_window=None, batch_tokens=2048, steps=None, tokens=20_000), rope)
     assert (plan.window, plan.short_windows, plan.long_window, plan.long_windows) == (128, 8, 512, 2)
-    assert (plan.step_tokens, plan.steps) == (2048, 10)
+    assert (plan.step_tokens, plan.steps) == (2048, 9), "no more tokens than were asked for"
     wide = plan_steps(settings(window=None, long_window=None, batch_tokens=256, long_share=0.25), rope)
     assert (wide.short_windows, wide.long_windows) == (12, 1), "a share is kept where one long window is more than it"
     assert plan_steps(settings(recipe="linearard"), rope).long_windows == 0
@@ -124,7 +132,7 @@ def test_accumulated_windows_give_the_mean_gradient(make_trainer: Callable[..., 
         return [g * share for g in torch.autograd.grad(loss, list(trainer._parameters.values()))]
 
     trainer = make_trainer(batch_tokens=32 * (3 + 2 * at_once), window=32, long_window=64 * at_once, max_grad_norm=1e9,
-                           long_share=2 * at_once / (3 + 2 * at_once))  # fmt: skip
+                           cut_share=0, long_share=2 * at_once / (3 + 2 * at_once))  # fmt: skip
     assert (trainer.plan.short_windows, trainer.plan.windows_at_once, trainer.plan.long_windows) == (3, at_once, 1)
     windows = [row[None] for batch in trainer._batches.of_step(0, range(4)) for row in batch.ids_BT]
     apart = [gradient(trainer._losses.distil(window)[0], 1 / 3) for window in windows[:3]]
@@ -222,7 +230,7 @@ def test_a_non_finite_loss_changes_no_weight_and_keeps_the_batch(make_trainer: C
         trainer.step()
     assert equal(weights_of(trainer), before)
     saved = json.loads((tmp_path / "run" / "bad-batch-step-1.json").read_text())
-    assert [len(window) for window in saved] == [64, 64, 128]
+    assert [len(window) for window in saved] == [32, 32, 64, 128], "one of two windows is cut into short texts"
     assert "--learning-rate" in str(refusal.value)
     with pytest.raises(NumericsError, match="validation after step 0: loss nan"):
         trainer.train()

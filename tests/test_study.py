@@ -18,7 +18,7 @@ from scripts import record_quality, study
 @pytest.fixture(scope="module")
 def settings(make_checkpoint: Callable[..., Path], texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     shared = {
-        "target_length": 512, "data": [str(texts)], "batch_tokens": 256, "window": 128, "long_window": 128, "rank": 2,
+        "target_length": 512, "data": [str(texts)], "batch_tokens": 512, "window": 128, "long_window": 256, "rank": 2,
         "steps": 2, "dtype": "fp32", "device": "cpu",
     }  # fmt: skip
     fields = {
@@ -65,6 +65,8 @@ def test_a_study_is_done_in_pieces(settings: Path, tmp_path: Path, monkeypatch: 
     assert study.main(words) == 0
     assert measured == ["native", "stretched", "restored", "restored"], "what two runs share is measured once"
     results = next(tmp_path.glob("quality-*.json"))
+    assert study.main([*words, "--runs", "ours-yarn-3"]) == 0
+    assert study.main([*words, "--runs", "ours-theta-3"]) == 2, "no such run"
     assert study.main(words) == 0
     entries = json.loads(results.read_text())["runs"]
     assert [entry["remark"] for entry in entries] == ["ours-yarn-3", "paper-yarn-3"]
@@ -134,7 +136,7 @@ def test_a_control_is_restored_and_measured_beside_its_native_self(
     settings: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fields = yaml.safe_load(settings.read_text())
-    fields["recipes"] = {"twin": {"recipe": "cpt", "rope_type": "none", "target_length": 128}}
+    fields["recipes"] = {"twin": {"recipe": "cpt", "rope_type": "none", "target_length": 128, "long_window": 128}}
     fields["evaluation"]["lengths"] = [64, 128]
     path = tmp_path / "study.yaml"
     path.write_text(yaml.safe_dump(fields | {"seeds": [3]}))

@@ -12,9 +12,9 @@ from restore.kernels.triton_tiles import reaches_by_bulk_copy
 __all__ = ["backward", "forward", "self_backward"]
 
 
-# The kernels for Hopper have been compiled but never run: `python -m restore.kernels.tune_hopper` on a GPU decides.
-HOPPER_FORWARD = False
-HOPPER_SELF_BACKWARD = False
+# Where the kernels for Hopper are faster, by `python -m restore.kernels.tune_hopper` (docs/results/kernel-hopper-h100.json): at
+# 64 channels a tile's products are too short to hide anything behind.
+_HOPPER_CHANNELS = 128
 
 
 def forward(
@@ -28,7 +28,7 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """KL of each row and the log-sum-exps of its student and teacher logits, by the fastest kernel that can."""
     tensors = (q_s_BHMD, k_s_BGTD, q_t_BHMD, k_t_BGTD)
-    if HOPPER_FORWARD and spans is None and row_BHM is None and _suits_hopper(tensors):
+    if spans is None and row_BHM is None and _suits_hopper(tensors):
         # Late: Gluon is a younger part of triton than the rest.
         from restore.kernels.hopper_forward import hopper_forward
 
@@ -47,7 +47,7 @@ def self_backward(
 ) -> Tensor:
     """Gradient of the student's tensor in a self-relation, by the fastest kernel that can."""
     tensors = (grad_BHT, x_s_BHTD, x_t_BHTD, lse_s_BHT, lse_t_BHT)
-    if HOPPER_SELF_BACKWARD and spans is None and _suits_hopper((x_s_BHTD, x_t_BHTD)):
+    if spans is None and _suits_hopper((x_s_BHTD, x_t_BHTD)):
         from restore.kernels.hopper_self_backward import hopper_self_backward
 
         return hopper_self_backward(*tensors, scales)
@@ -56,7 +56,7 @@ def self_backward(
 
 def _suits_hopper(tensors: tuple[Tensor, ...]) -> bool:
     x_BHTD = tensors[0]
-    fits = x_BHTD.dtype in (torch.bfloat16, torch.float16) and x_BHTD.shape[3] in (64, 128)
+    fits = x_BHTD.dtype in (torch.bfloat16, torch.float16) and x_BHTD.shape[3] == _HOPPER_CHANNELS
     return fits and reaches_by_bulk_copy(tensors) and torch.cuda.get_device_capability(x_BHTD.device)[0] == 9
 
 

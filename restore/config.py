@@ -118,6 +118,9 @@ class RestoreConfig(Settings):
         description="layers whose work is done again in backward instead of kept: all takes the least memory; auto keeps what "
         "a GPU has room for",
     )
+    gpu_memory_utilization: float = Field(
+        0.85, gt=0, le=1, description="share of the GPU's free memory that recompute auto may fill; less where others run on it"
+    )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes a CUDA device where there is one")
     evaluate: bool = Field(True, description="measure native, stretched and restored before the result is published")
     evaluation: EvalConfig = Field(EvalConfig(), description="what to measure; the held-out documents where it names no data")

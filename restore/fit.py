@@ -19,8 +19,6 @@ from restore.rope import RopePlan
 # Below these, a run would teach nothing worth having.
 _SHORTEST_WINDOW, _LOWEST_RANK = 512, 8
 _PROCESSES = (2, 4, 8, 16)
-# Of the memory that is free: what an allocator holds beyond what is in use, and what a forecast may be off.
-_KEPT_WITHIN = 0.85
 
 
 def check_memory(
@@ -55,7 +53,7 @@ def kept_layers(base: Mapping[str, Any], rope: RopePlan, config: RestoreConfig, 
         return Kept()
     if config.recompute == "none":
         return Kept(needed.layers, needed.layers)
-    return most_kept(base, rope, config, needed, int(_KEPT_WITHIN * _free_bytes(device)))
+    return most_kept(base, rope, config, needed, int(config.gpu_memory_utilization * _free_bytes(device)))
 
 
 def _ways(config: RestoreConfig, world: World) -> tuple[str, ...]:

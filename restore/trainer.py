@@ -263,8 +263,8 @@ class Trainer:
 def _fingerprint(config: RestoreConfig, train: TokenStream, validation: TokenStream) -> dict[str, Any]:
     """What must be equal for a resumed run to be the run it goes on with."""
     free = {
-        "out", "resume", "resume_changed", "evaluate", "evaluation", "gate", "checkpoint_every", "recompute", "device", "data",
-        "model",
+        "out", "resume", "resume_changed", "evaluate", "evaluation", "gate", "checkpoint_every", "recompute",
+        "gpu_memory_utilization", "device", "data", "model",
     }  # fmt: skip
     settings: dict[str, Any] = config.model_dump(mode="json", exclude=free)
     return settings | {"train data": train.sha256, "validation data": validation.sha256, "threads": torch.get_num_threads()}

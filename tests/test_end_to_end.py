@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from ard_serve import cli
 from ard_serve.artifact import read_manifest, verify
+from restore.config import RECIPES
 
 ARD = [sys.executable, "-m", "ard_serve.cli"]
 SMALL = ["--batch-tokens", "1024", "--steps", "6", "--rank", "4", "--learning-rate", "0.01", "--dtype", "fp32"]
@@ -81,7 +82,7 @@ def test_the_result_is_complete_and_as_promised(run: Path) -> None:
     verify(run / "model", manifest)
     assert manifest.quality.restored is not None
     assert manifest.quality.restored.perplexity.keys() == {128, 512}
-    assert (manifest.recipe.steps, manifest.recipe.objectives) == (6, {"attention": 1.0, "logits": 1.0, "lm": 1.0})
+    assert (manifest.recipe.steps, manifest.recipe.objectives) == (6, RECIPES["default"])
     assert {"config.yaml", "metrics.jsonl", "evaluation.json", "report.html", "held-out.jsonl"} <= {
         p.name for p in run.iterdir()
     }

@@ -107,7 +107,7 @@ def run(make_checkpoint: Callable[..., Path], texts: Path, tmp_path_factory: pyt
     out = tmp_path_factory.mktemp("gated") / "run"
     settings = {
         "model": str(trained(make_checkpoint("llama3"), texts)), "target_length": 512, "data": [str(texts)], "out": str(out),
-        "rope_type": "linear", "steps": 1, "learning_rate": 1e-3, "batch_tokens": 256, "window": 128, "long_window": 128,
+        "rope_type": "linear", "steps": 1, "learning_rate": 1e-3, "batch_tokens": 512, "window": 128, "long_window": 256,
         "dtype": "fp32", "device": "cpu", "evaluation": {"lengths": [64, 128], "windows": 2, "needle_samples": 0},
     }  # fmt: skip
     (out.parent / "settings.yaml").write_text(yaml.safe_dump(settings))

@@ -95,7 +95,7 @@ def test_a_7b_models_window_by_hand() -> None:
 def test_a_step_is_its_windows_and_validation_runs_forward_alone() -> None:
     config = settings(target_length=32768)
     plan, counter = plan_steps(config, config.plan_rope(LLAMA2_7B)), Counter(LLAMA2_7B, config)
-    assert counter.step(plan) == counter.distilled(4096) * plan.short_windows + counter.read(16384) * plan.long_windows
+    assert counter.step(plan) == counter.distilled(4096) * plan.short_windows + counter.read(32768) * plan.long_windows
     assert Flops(1, 2, 3) * 2 + Flops(1, 1, 1) == Flops(3, 5, 7)
     training, forward = counter.distilled(4096), counter.distilled(4096, trains=False)
     assert (forward.again, forward.relations) == (0, training.relations // 4)

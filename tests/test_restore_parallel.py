@@ -33,7 +33,7 @@ TOLERANCE = 2e-5
 
 def restore(model: Path, texts: Path, out: Path, steps: int = 4, device: str = "cpu") -> list[str]:
     words = ["restore", str(model), "--data", str(texts), "--out", str(out), "--target-length", "512", "--steps", str(steps)]
-    words += ["--window", "64", "--long-window", "128", "--batch-tokens", "384", "--rank", "4", "--warmup-steps", "1"]
+    words += ["--window", "64", "--long-window", "256", "--batch-tokens", "768", "--rank", "4", "--warmup-steps", "1"]
     words += ["--validation-share", "0.3", "--validation-windows", "3", "--validation-every", "2", "--learning-rate", "0.01"]
     return [*words, "--dtype", "fp32", "--device", device, "--no-evaluate"]
 

@@ -93,7 +93,7 @@ def test_a_run_learns_on_the_packed_base_and_exports_the_original_one(
     monkeypatch.setattr("restore.job.export", partial(export, compare_vllm=False))
     model = make_checkpoint("llama3")
     words = ["restore", str(model), "--data", str(texts), "--out", str(tmp_path), "--target-length", "512", "--steps", "6"]
-    words += ["--window", "64", "--long-window", "128", "--batch-tokens", "256", "--rank", "4", "--warmup-steps", "1"]
+    words += ["--window", "64", "--long-window", "256", "--batch-tokens", "512", "--rank", "4", "--warmup-steps", "1"]
     words += ["--validation-share", "0.3", "--learning-rate", "0.01", "--dtype", "fp32", "--device", "cpu", "--no-evaluate"]
     assert main([*words, "--quantize", "4bit"]) == 0
     rows = metrics.read(tmp_path)

@@ -143,6 +143,20 @@ def task_bars(axes: Axes, models: Sequence[Evaluation]) -> None:
     axes.set_xlim(0, 1.14 * axes.get_xlim()[1])
 
 
+def needles_by_length(axes: Axes, models: Sequence[Evaluation]) -> None:
+    """One line a model: the share of single needles found in prompts of each length."""
+    places = series([model.name for model in models])
+    lengths: set[int] = set()
+    for model in models:
+        found = model.scores.needle
+        lengths |= found.keys()
+        axes.plot(list(found), [100 * share for share in found.values()], label=model.name, **_style(places[model.name]))
+    _token_axis(axes, sorted(lengths))
+    axes.set_ylim(-4, 104)
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda tick, _: f"{tick:.0f}%"))
+    axes.set_xlabel("prompt, tokens")
+
+
 def needle_map(axes: Axes, model: Evaluation, task: str = "single") -> None:
     """Length by depth: the share of needles that the model found."""
     cells = {(needle.length, needle.depth): needle.value for needle in model.needles if needle.task == task}
@@ -198,15 +212,21 @@ def layer_kl(axes: Axes, before: Sequence[float], after: Sequence[float]) -> Non
 
 
 def before_after(found: EvaluationReport) -> str:
-    """A picture that stands alone: perplexity by length beside the short tasks, with its own theme."""
+    """A picture that stands alone: perplexity by length beside needles, or short tasks where none were asked for."""
     with theme():
         drawing, axes = figure(10.4, 3.9, 2, (1.25, 1))
         perplexity_by_length(axes[0], found.models)
         axes[0].set_title("Perplexity on held-out books (lower is better)")
-        task_bars(axes[1], found.models)
-        axes[1].set_title("Short tasks (higher is better)")
+        if needles := any(model.needles for model in found.models):
+            needles_by_length(axes[1], found.models)
+            axes[1].set_title("Needles found (higher is better)")
+        else:
+            task_bars(axes[1], found.models)
+            axes[1].set_title("Short tasks (higher is better)")
         legend(drawing, axes[0])
-        svg = to_svg(drawing, "Before and after: perplexity by window length, and short tasks")
+        svg = to_svg(
+            drawing, f"Before and after: perplexity by window length, and {'needles found' if needles else 'short tasks'}"
+        )
     background = '<rect width="100%" height="100%" rx="10" fill="var(--panel)"/>'
     return re.sub(r"(<svg [^>]*>)", rf"\1<style>{THEME}</style>{background}", svg, count=1)
 

@@ -2,19 +2,21 @@
 
     python scripts/quality_table.py
 
-A page marks a table's place with two comments, `<!-- quality FILE RUN -->` and `<!-- end -->`; RUN counts the runs of FILE
-from 0. A test fails when a page and its results differ.
+A page marks a table's place with two comments, `<!-- quality FILE RUN... -->` and `<!-- end -->`; RUN counts the runs of FILE
+from 0. Several runs stand side by side, native and stretched models once; those of one recipe share a column, with the mean and
+the least and most of its seeds. A test fails when a page and its results differ.
 """
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "docs" / "evaluation.md"]
-_PLACE = re.compile(r"(<!-- quality (\S+) (\d+) -->\n).*?(<!-- end -->)", re.DOTALL)
+_PLACE = re.compile(r"(<!-- quality (\S+) ([\d ]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 _NAMES = {"native": "native", "none": "stretched, untouched"}
 
 
@@ -25,22 +27,48 @@ def main() -> None:
 
 def filled(text: str) -> str:
     """The page with every table as its results file has it now."""
-    return _PLACE.sub(lambda place: f"{place[1]}{_table(place[2], int(place[3]))}{place[4]}", text)
+    return _PLACE.sub(lambda place: f"{place[1]}{_table(place[2], map(int, place[3].split()))}{place[4]}", text)
 
 
-def _table(file: str, run: int) -> str:
-    rows = json.loads((ROOT / "docs" / "results" / file).read_text(encoding="utf-8"))["runs"][run]["rows"]
-    lines = ["| | " + " | ".join(_NAMES.get(row["recipe"], f"restored ({row['recipe']})") for row in rows) + " |"]
-    lines.append("|---" * (len(rows) + 1) + "|")
-    lines += _lines(rows, "ppl", lambda length: f"perplexity, {int(length):,} tokens", "{:,.1f}")
-    lines += _lines(rows, "needle", lambda length: f"needles found, {int(length):,} tokens", "{:.0%}")
-    lines += _lines(rows, "short", lambda task: f"{task}, accuracy", "{:.3f}")
-    lines += _lines(rows, "short_perplexity", lambda task: f"{task}, perplexity of the last word", "{:.1f}")
+def _table(file: str, numbers: Iterable[int]) -> str:
+    runs = json.loads((ROOT / "docs" / "results" / file).read_text(encoding="utf-8"))["runs"]
+    columns: dict[str, list[dict[str, Any]]] = {}
+    for row in (row for number in numbers for row in runs[number]["rows"]):
+        column = columns.setdefault(row["recipe"], [])
+        if row["recipe"] not in _NAMES or not column:  # native and stretched models are the same in every run
+            column.append(row)
+    lines = ["| | " + " | ".join(_title(recipe, len(rows)) for recipe, rows in columns.items()) + " |"]
+    lines.append("|---" * (len(columns) + 1) + "|")
+    many = [*columns.values()]
+    lines += _lines(many, "ppl", lambda length: f"perplexity, {int(length):,} tokens", "{:,.1f}")
+    lines += _lines(many, "needle", lambda length: f"needles found, {int(length):,} tokens", "{:.0%}")
+    lines += _lines(many, "short", lambda task: f"{task}, accuracy", "{:.3f}")
+    lines += _lines(many, "short_perplexity", lambda task: f"{task}, perplexity of the last word", "{:.1f}")
+    if len(many[-1]) > 1 or len(many) > len(_NAMES) + 1:
+        lines.append(
+            "| mean of the accuracies over native | "
+            + " | ".join(_cell(rows, lambda row: row["retention"], "{:.1%}") for rows in many)
+            + " |"
+        )
     return "\n".join(lines) + "\n"
 
 
-def _lines(rows: list[dict[str, Any]], kind: str, title: Callable[[str], str], style: str) -> list[str]:
-    return ["| " + " | ".join([title(key), *(style.format(row[kind][key]) for row in rows)]) + " |" for key in rows[0][kind]]
+def _title(recipe: str, seeds: int) -> str:
+    return _NAMES.get(recipe, f"restored ({recipe}{f', {seeds} seeds' if seeds > 1 else ''})")
+
+
+def _lines(columns: list[list[dict[str, Any]]], kind: str, title: Callable[[str], str], style: str) -> list[str]:
+    def line(key: str) -> str:
+        return " | ".join([title(key), *(_cell(rows, lambda row: row[kind][key], style) for rows in columns)])
+
+    return [f"| {line(key)} |" for key in columns[0][0][kind]]
+
+
+def _cell(rows: list[dict[str, Any]], value: Callable[[dict[str, Any]], float], style: str) -> str:
+    """The mean over seeds, and the least and most of them where they differ."""
+    values = [value(row) for row in rows]
+    mean, least, most = (style.format(number) for number in (fmean(values), min(values), max(values)))
+    return mean if least == most else f"{mean} ({least} to {most})"
 
 
 if __name__ == "__main__":

@@ -225,14 +225,18 @@ def test_a_forced_or_unmeasured_export_says_so(found: EvaluationReport, restorat
     assert "Nothing was measured" in report.model_card(restoration)
 
 
-def test_the_picture_of_the_readme_is_one_svg_with_its_own_theme(found: EvaluationReport, tmp_path: Path) -> None:
-    write(tmp_path, found)
+@pytest.mark.parametrize(("needles", "beside"), [(True, ("Needles found", "100%")), (False, ("lambada", "0.470"))])
+def test_the_picture_of_the_readme_is_one_svg_with_its_own_theme(
+    found: EvaluationReport, tmp_path: Path, needles: bool, beside: tuple[str, ...]
+) -> None:
+    models = [model.model_copy(update={} if needles else {"needles": ()}) for model in found.models]
+    write(tmp_path, found.model_copy(update={"models": tuple(models)}))
     plots.main([str(tmp_path / "evaluation.json"), str(tmp_path / "images" / "before-after.svg")])
     root = ElementTree.fromstring((tmp_path / "images" / "before-after.svg").read_text())
     assert root.tag.endswith("svg")
     text = " ".join(root.itertext())
     assert "prefers-color-scheme: dark" in text
-    for word in ("native", "stretched", "restored", "lambada", "0.470"):
+    for word in ("native", "stretched", "restored", *beside):
         assert word in text
 
 

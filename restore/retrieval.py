@@ -77,7 +77,8 @@ class Weaver:
             facts.append(fact)
         if not facts:
             raise UsageError(
-                f"long_window = {len(ids)}: too short to weave a fact and its question in; train without retrieval"
+                f"long_window = {len(ids)}: too short to weave a fact and its question in; "
+                "give a longer one, or a recipe without retrieval"
             )
         return _assemble(ids, sorted((insert for fact in facts for insert in fact), key=lambda insert: insert.at))
 

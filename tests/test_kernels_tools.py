@@ -1,5 +1,7 @@
 """The kernels' benchmark and tile search, as far as they go without a GPU: peers, fits, a profiler's table, other tiles."""
 
+from functools import partial
+from itertools import product
 from typing import Any
 
 import pytest
@@ -39,6 +41,16 @@ def test_peers_compute_our_loss(groups: int) -> None:
     q_s, k_s, ours = q_s.detach(), k_s.detach(), ours.detach()
     torch.testing.assert_close(bench_peers.flex(flex_attention, q_s, k_s, q_t, k_t), ours)
     torch.testing.assert_close(bench_peers.flex(flex_attention, q_s, q_t), self_relation_kl(q_s, q_t))
+
+
+@pytest.mark.parametrize("name", ["flex", "compiled"])
+def test_compiled_peers_are_compiled_at_every_shape(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Uncompiled they would give the same: past PyTorch's limit of 8 variants they must fail instead, and must not come so far.
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    for tokens, channels in product((24, 32, 40), (8, 16, 32)):
+        q_s, q_t = torch.randn(1, 2, tokens, channels), torch.randn(1, 2, tokens, channels)
+        loss = bench_peers.peers(tokens, None)[name]
+        torch.testing.assert_close(loss(q_s, q_t), self_relation_kl(q_s, q_t), rtol=1e-4, atol=1e-6)
 
 
 def test_memory_fit_says_how_far_from_a_line() -> None:

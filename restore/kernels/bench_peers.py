@@ -26,9 +26,13 @@ REFERENCE_TOKENS = (4096, 16384)
 
 def peers(tokens: int, reference: Path | None) -> dict[str, Loss]:
     """The peers that can run at this length, by name; `reference` is a checkout of LinearARD."""
-    found: dict[str, Loss] = {"flex": partial(flex, torch.compile(flex_attention))} if tokens <= FLEX_TOKENS else {}
+    # What is compiled belongs to the function, not to what torch.compile returns: after eight variants (recompile_limit) of all
+    # shapes together it would run uncompiled without a word. Each call begins anew; `fullgraph` makes the limit an error.
+    torch.compiler.reset()
+    compiled = partial(torch.compile, fullgraph=True, dynamic=False)
+    found: dict[str, Loss] = {"flex": partial(flex, compiled(flex_attention))} if tokens <= FLEX_TOKENS else {}
     if tokens <= DENSE_TOKENS:
-        found |= {"dense": dense, "compiled": torch.compile(dense)}
+        found |= {"dense": dense, "compiled": compiled(dense)}
     if reference and tokens in REFERENCE_TOKENS:
         if str(reference) not in sys.path:
             sys.path.insert(0, str(reference))

@@ -12,7 +12,8 @@
 #   quantised   the 7B shape on a base of 4 and of 8 bit                                    (3 minutes)
 #   two         7B and 1.7B on one GPU, then on two, replicated                             (5 minutes, on a machine with two GPUs)
 #   equal       losses and weights of two GPUs, replicated and sharded, against those of one    (3 minutes, likewise; needs pytest)
-# Minutes are guesses at 35% of an H100's rate: none of it has run on a GPU yet. Results are added to OUT_DIR/engine-<gpu>.json;
+# Minutes are estimates at 35% of an H100's rate; measured steps of a 7B model reached 30% (docs/results/engine-h100.json), and the
+# steps as they stand here have not been run (shorter ones ended before windows of 32K). Results are added to OUT_DIR/engine-<gpu>.json;
 # bring the file along to add to it. COMMIT=$(git rev-parse HEAD) of the copied tree goes into it. Run from the repository's root.
 # Afterwards, with the file in docs/results: pytest tests/test_restore_estimate.py holds estimates of memory and time to it.
 set -euo pipefail

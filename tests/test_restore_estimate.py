@@ -16,6 +16,7 @@ from restore.speed import Speeds
 
 RESULTS = Path(__file__).parent.parent / "docs" / "results"
 H100, A100 = GPUS["H100"], GPUS["A100"]
+KINDS = ("window", "long_window")
 MIXED = Case("7b", 4096, {"rank": 128, "steps": 10})
 
 
@@ -73,7 +74,7 @@ def test_another_gpu_lends_its_share_where_the_named_one_was_not_measured(tmp_pa
 
 def test_without_a_measurement_the_share_is_assumed_and_called_so(tmp_path: Path) -> None:
     share = Speeds(tmp_path).share(H100, 4096, MIXED.config, 4096, distils=True)
-    assert (share.value, share.source) == (0.35, "assumed")
+    assert (share.value, share.source) == (0.3, "assumed")
 
 
 def test_the_table_says_what_fits_and_what_would(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -106,12 +107,17 @@ MEASURED = [(path, run, row) for path in sorted(RESULTS.glob("engine-*.json")) f
 
 @pytest.mark.skipif(not MEASURED, reason="no docs/results/engine-*.json: no GPU has run restore.bench yet")
 def test_estimates_agree_with_what_was_measured_within_a_tenth() -> None:
-    """Memory of every row; time of the steps that mix both kinds of windows, from the rows of one kind."""
+    """Memory of every row; time of the steps that mix both kinds of windows, from rows of one kind where that shape has both.
+
+    Another shape's rate tells nothing of a model that waits for launches (docs/training.md).
+    """
+    pure = [row for _, _, row in MEASURED if not (row["window"] and row["long_window"])]
+    alone = {(row["shape"], kind) for row in pure for kind in KINDS if row[kind]}
     for path, run, row in MEASURED:
         name = f"{path.name}: {row['shape']}, {row['recipe']}, {row['window']} and {row['long_window']} tokens"
         assert row["forecast_gib"] == pytest.approx(row["peak_gib"], rel=0.1), name
         gpu = devices.by_name(run["machine"]["device"])
-        if gpu and row["window"] and row["long_window"]:
-            settings = {name: row[name] for name in ("recipe", "rank", "dtype", "trainable", "quantize")}
+        if gpu and row["window"] and row["long_window"] and {(row["shape"], kind) for kind in KINDS} <= alone:
+            settings = {name: row[name] for name in ("recipe", "rank", "dtype", "trainable", "quantize", "long_window")}
             case = Case(row["shape"], row["window"], settings | {"steps": 1, "batch_tokens": row["step_tokens"]})
             assert seconds(RESULTS, case, gpu) == pytest.approx(row["seconds"], rel=0.1), name

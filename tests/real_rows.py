@@ -170,7 +170,7 @@ def client_leaves(scene: Scene) -> str:
 def bombs(scene: Scene) -> str:
     beyond: dict[str, Any] = {"structured_outputs": {"regex": "((a{1000}){1000}){1000}"}}
     seen = refused(scene.ask(**beyond), 400)[:90]
-    # It may end with its grammar: vLLM 0.23 calls a token after the grammar's end an error (its issue 42619).
+    # It may end with its grammar: to older vLLM a token after the grammar's end is an error (its issue 42619).
     heavy: dict[str, Any] = {"structured_outputs": {"regex": "((a|b|c|d|e){1,99}(f|g|h){1,99}){1}x"}}
     heavy |= {"max_tokens": 200, "ignore_eos": False}
     with ThreadPoolExecutor(2) as pool:

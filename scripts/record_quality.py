@@ -104,7 +104,7 @@ def _row(
 
 def _commit() -> str:
     """Of the working tree; a machine that has only its files leaves it open."""
-    found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    found = subprocess.run(["git", "rev-parse", "--short", "--verify", "HEAD"], capture_output=True, text=True, check=False)
     return found.stdout.strip()
 
 

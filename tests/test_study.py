@@ -113,7 +113,12 @@ def test_a_command_is_stopped_when_the_piece_is_over(settings: Path, tmp_path: P
 
 
 @pytest.mark.parametrize(
-    ("example", "run"), [("study-smollm2", "linearard-linear-2"), ("study-smollm2-ablation", "with-jumps-yarn-0"), ("study-smollm2-search", "less-lm-yarn-0")]
+    ("example", "run"),
+    [
+        ("study-smollm2", "linearard-linear-2"),
+        ("study-smollm2-ablation", "with-jumps-yarn-0"),
+        ("study-smollm2-search", "less-lm-yarn-0"),
+    ],
 )
 def test_the_examples_are_studies(example: str, run: str) -> None:
     found = study.Study.resolve(study.ROOT / "examples" / f"{example}.yaml", {})

@@ -33,13 +33,9 @@ case $step in
 packages)
     for name in $needed; do "$python" -c "import importlib.util as u; exit(u.find_spec('$name') is None)" || echo "missing: $name"; done ;;
 pack)
-    names='peft|psutil|pydantic|pydantic_core|annotated-types|typing-inspection|rich|markdown-it-py|mdurl|pygments|pyyaml|tensorboard'
     work=$(mktemp -d)
-    grep -iE "^($names|accelerate|bitsandbytes|absl-py|grpcio|markdown|protobuf|tensorboard-data-server|werkzeug)==" requirements/cpu.lock > "$work/list.txt"
-    platforms=$(for i in $(seq 17 39); do printf -- '--platform manylinux_2_%s_x86_64 ' "$i"; done)
-    # shellcheck disable=SC2086
-    "$python" -m pip install -q --no-deps --no-compile --only-binary=:all: --python-version 3.12 --implementation cp --abi cp312 \
-        --abi abi3 --abi none $platforms --platform manylinux2014_x86_64 --target "$work/site" -r "$work/list.txt"
+    scripts/pack_wheels.sh "$work/site" absl-py accelerate annotated-types bitsandbytes grpcio markdown markdown-it-py mdurl peft \
+        protobuf psutil pydantic pydantic_core pygments pyyaml rich tensorboard tensorboard-data-server typing-inspection werkzeug
     find "$work/site/bitsandbytes" -name 'libbitsandbytes_*.so' ! -name '*_cpu.so' ! -name '*_cuda130.so' -delete
     tar -C "$work/site" -cJf "$out/engine-site.tar.xz" . && rm -r "$work" && ls -l "$out/engine-site.tar.xz" ;;
 # shellcheck disable=SC2086

@@ -29,13 +29,9 @@ packages)
     "$python" -c 'import importlib.util as u, sys
 for name in sys.argv[1:]: u.find_spec(name) or print("missing:", name)' $needed ;;
 pack)
-    names='uvloop|rich|markdown-it-py|mdurl|pygments|psutil|prometheus_client|pyyaml|httpx|httpcore|h11|anyio|typing_extensions'
     work=$(mktemp -d)
-    grep -iE "^($names|certifi|idna)==" requirements/cpu.lock > "$work/list.txt"
-    platforms=$(for i in $(seq 17 39); do printf -- '--platform manylinux_2_%s_x86_64 ' "$i"; done)
-    # shellcheck disable=SC2086
-    "$python" -m pip install -q --no-deps --no-compile --only-binary=:all: --python-version 3.12 --implementation cp --abi cp312 \
-        --abi abi3 --abi none $platforms --platform manylinux2014_x86_64 --target "$work/site" -r "$work/list.txt"
+    scripts/pack_wheels.sh "$work/site" anyio certifi h11 httpcore httpx idna markdown-it-py mdurl prometheus_client psutil pygments \
+        pyyaml rich typing_extensions uvloop
     tar -C "$work/site" -cJf "$out/server-site.tar.xz" . && rm -r "$work" && ls -l "$out/server-site.tar.xz" ;;
 faults)
     if [ "$model" != tiny ]; then set -- --model "$model" "$@"; fi

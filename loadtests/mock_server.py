@@ -23,7 +23,9 @@ from pydantic import Field
 from ard_serve.settings import Settings, add_flags
 from loadtests.mock_http import Call
 
-Fault = Literal["none", "stall", "drop", "error_event", "429", "500", "die", "short_usage", "wrong_under_load"]
+Fault = Literal["none", "stall", "drop", "error_event", "429", "500", "die", "short_usage", "wrong_under_load", "mixed"]
+
+_MIXED = ("429", "500", "stall", "drop", "error_event")
 
 _NEEDLE = re.compile(r"number for ([\w-]+) is: (\d+)")
 _ASKED = re.compile(r".*number for ([\w-]+)\?", re.DOTALL)
@@ -142,7 +144,9 @@ class MockServer:
     async def _complete(self, request: dict[str, Any], call: Call) -> None:
         number, config = next(self._numbers), self.config
         strikes = number >= config.fault_after and (number - config.fault_after) % config.fault_every == 0
-        fault = config.fault if strikes else "none"
+        fault: str = config.fault if strikes else "none"
+        if fault == "mixed":
+            fault = _MIXED[(number - config.fault_after) // config.fault_every % len(_MIXED)]
         if fault == "die":
             os._exit(1)
         if fault in ("429", "500"):

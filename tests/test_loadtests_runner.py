@@ -155,6 +155,20 @@ def test_timeouts_are_counted_apart(start_mock: StartMock, tmp_path: Path) -> No
 
 
 @pytest.mark.timing
+@pytest.mark.fault("L2")
+def test_failures_of_every_kind_at_once_are_counted_apart(start_mock: StartMock, tmp_path: Path) -> None:
+    url = start_mock(ttft_ms=5, itl_ms=1, fault="mixed", fault_every=2, fault_after=2)
+    out = tmp_path / "out"
+    assert run(config(url, out, lengths=(256,), concurrencies=(1,), requests_per_cell=20, request_timeout_s=0.5)) == 0
+    (cell,) = result_of(out).cells
+    wrong = {"rejected": 2, "server_error": 2, "timeout": 2, "no_done": 2, "error_event": 2}
+    assert cell.outcomes == {"ok": 10} | wrong
+    assert cell.ttft_ms is not None
+    assert cell.ttft_ms.n == 10
+    assert "10 of 20 requests failed" in cell.flags[0]
+
+
+@pytest.mark.timing
 @pytest.mark.fault("L3")
 def test_open_loop_shows_late_sends_behind_a_stall(start_mock: StartMock, tmp_path: Path) -> None:
     url = start_mock(ttft_ms=5, itl_ms=1, fault="stall", fault_every=1000, fault_after=3)

@@ -146,6 +146,11 @@ def _loadtest(parser: argparse.ArgumentParser, words: Sequence[str]) -> Job:
 
         parser.add_argument("--compare", action="store_true", help="compare two runs: exit code 7 when the second is worse")
         return _settings(parser, compare.CompareConfig, compare.run, positional=("base", "other"))
+    if "--cost" in words:
+        from loadtests import cost
+
+        parser.add_argument("--cost", action="store_true", help="say what long prompts cost against short ones, from a result")
+        return _settings(parser, cost.CostConfig, cost.run, positional=("result",))
     if "--redraw" in words:
         from loadtests import redraw
 
@@ -155,7 +160,8 @@ def _loadtest(parser: argparse.ArgumentParser, words: Sequence[str]) -> Job:
 
     parser.epilog = (
         "other uses: 'ard loadtest --predict MODEL' says what fits without a server, 'ard loadtest --compare BASE OTHER' "
-        "holds two runs against each other, 'ard loadtest --redraw FOLDER' draws a report again; each has its own --help"
+        "holds two runs against each other, 'ard loadtest --cost RESULT' says what long prompts cost against short ones, "
+        "'ard loadtest --redraw RESULT' draws a report again; each has its own --help"
     )
 
     def run(config: LoadConfig) -> int:

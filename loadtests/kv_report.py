@@ -12,6 +12,7 @@ def describe_kv(result: RunResult, target: Target) -> dict[str, Any]:
     """The memory part of a result; what is not known is absent."""
     described: dict[str, Any] = {}
     cache = result.server.get("cache", {})
+    closed = [cell for cell in result.cells if cell.concurrency is not None]
     if target.model_dir is not None:
         try:
             dtype = cache.get("cache_dtype") or "auto"
@@ -21,6 +22,10 @@ def describe_kv(result: RunResult, target: Target) -> dict[str, Any]:
                 "dtype": dtype,
                 "bytes_per_token": shape.bytes_per_token,
                 "state_layers": shape.state_layers,
+                "request_bytes": {
+                    str(length): shape.bytes_for(length + int(result.settings["output_tokens"]))
+                    for length in sorted({cell.length for cell in closed})
+                },
             }
         except ModelError as error:
             described["unknown"] = str(error)
@@ -31,7 +36,6 @@ def describe_kv(result: RunResult, target: Target) -> dict[str, Any]:
     pool, blocks = cache.get("kv_cache_memory_bytes", ""), cache.get("num_gpu_blocks", "")
     if cache.get("num_gpu_blocks_override", "None") == "None" and pool.isdigit() and blocks.isdigit():
         described["reported_bytes_per_token"] = int(pool) / (int(blocks) * target.block_tokens)
-    closed = [cell for cell in result.cells if cell.concurrency is not None]
     described["lengths"] = {
         str(length): _at_length([cell for cell in closed if cell.length == length], result, target)
         for length in sorted({cell.length for cell in closed})

@@ -33,26 +33,30 @@ def read_result(path: Path) -> RunResult:
 
 def unwritable(path: Path, error: OSError) -> ResourceError:
     """What to raise when a file of a run cannot be written."""
-    return ResourceError(f"{path}: cannot be written ({error.strerror}); free the disk or choose another folder with --out")
+    return ResourceError(f"{path}: cannot be written ({error.strerror}); free the disk or choose another place with --out")
 
 
 def write_result(result: RunResult, folder: Path) -> None:
     """Write `result.json`, so that a reader sees a whole one at any moment."""
     # The gaps of every event are in requests.jsonl alone: they are nine tenths of the size.
     text = result.model_dump_json(indent=1, exclude={"requests": {"__all__": {"gaps_ms"}}})
-    _replace(folder / RESULT, text)
+    write_text(folder / RESULT, text)
 
 
 def write_tables(result: RunResult, folder: Path, with_page: bool) -> None:
     """Write the tables and, `with_page`, the report."""
-    _replace(folder / "cells.csv", cells_csv(result))
-    _replace(folder / "summary.md", summary_markdown(result))
-    if not with_page:
-        return
+    write_text(folder / "cells.csv", cells_csv(result))
+    write_text(folder / "summary.md", summary_markdown(result))
+    if with_page:
+        write_page(result, folder / "report.html")
+
+
+def write_page(result: RunResult, path: Path) -> None:
+    """Write the report."""
     # Imported here: matplotlib takes a second and 40 MB, which the measured part of a run must not pay.
     from loadtests.report import render
 
-    _replace(folder / "report.html", render(result))
+    write_text(path, render(result))
 
 
 def cells_csv(result: RunResult) -> str:
@@ -114,7 +118,8 @@ def summary_markdown(result: RunResult) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _replace(path: Path, text: str) -> None:
+def write_text(path: Path, text: str) -> None:
+    """Write a file so that a reader sees a whole one at any moment; raises ResourceError where it cannot be written."""
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         beside.write_text(text, encoding="utf-8")

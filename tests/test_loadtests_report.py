@@ -160,6 +160,10 @@ def test_report_is_drawn_again_from_the_result_alone(result: RunResult, tmp_path
     assert {path.name for path in tmp_path.iterdir()} == {"result.json", "report.html", "summary.md", "cells.csv"}
     result.fits = fits
     assert (tmp_path / "report.html").read_text(encoding="utf-8") == render(result)
+    named = (tmp_path / "result.json").rename(tmp_path / "load-h100.json")
+    assert redraw.run(redraw.RedrawConfig(result=named)) == 0
+    assert (tmp_path / "load-h100.html").read_text(encoding="utf-8") == render(result)
+    assert len(list(tmp_path.iterdir())) == 5, "a result by a name of its own gets its page alone"
     with pytest.raises(DataError, match="cannot be read"):
         redraw.run(redraw.RedrawConfig(result=tmp_path / "elsewhere"))
 

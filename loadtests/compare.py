@@ -11,20 +11,23 @@ from pydantic import Field
 from ard_serve import console
 from ard_serve.errors import QualityGateError, UsageError
 from ard_serve.settings import Settings
-from loadtests.fits import mcnemar_p
-from loadtests.output import read_result
+from loadtests.alarms import falling_p, mcnemar_p
+from loadtests.output import read_result, write_text
 from loadtests.records import CellResult, Record, RequestRecord, RunResult
 from loadtests.units import short_ms
 
 Verdict = Literal["worse", "better", "same", "unclear"]
 _RESAMPLES = 4000
 _FEWEST = 4
-_SAME_SETTINGS = ("output_tokens", "arrival", "needle", "needle_keys")
+# The tasks follow from the seed and the depths: of other tasks no answers pair up, and nothing lost would be seen.
+_SAME_SETTINGS = ("output_tokens", "arrival", "needle", "needle_keys", "seed", "depths")
 _LATENCIES: dict[str, Callable[[RequestRecord], float | None]] = {
     "TTFT": lambda record: record.ttft_ms,
     "TPOT": lambda record: record.tpot_ms,
     "E2E": lambda record: record.e2e_ms,
+    "longest gap": lambda record: record.longest_gap_ms,
 }
+_SCHEDULED = "scheduled"  # planned arrival to last token, the headline of an open loop; in a closed one it is E2E again
 
 
 class CompareConfig(Settings):
@@ -34,7 +37,9 @@ class CompareConfig(Settings):
     other: Path = Field(description="result.json (or its folder) that is judged")
     allowed: float = Field(0.1, ge=0, le=10, description="share by which a median may be slower before it is a regression")
     confidence: float = Field(0.99, gt=0.5, lt=1, description="confidence of each interval")
-    accuracy_p: float = Field(0.02, gt=0, lt=1, description="chance below which lost answers are a regression")
+    accuracy_p: float = Field(
+        0.02, gt=0, lt=1, description="chance below which lost answers or further failures are a regression"
+    )
     out: Path | None = Field(None, description="file for the comparison as JSON")
 
 
@@ -59,6 +64,7 @@ class Comparison(Record):
     differences: list[Difference]
     only_in_one: list[str]
     refused: list[str]
+    died: bool = False
 
 
 def run(config: CompareConfig) -> int:
@@ -82,18 +88,20 @@ def run(config: CompareConfig) -> int:
     told += [f"in one run only: {', '.join(comparison.only_in_one)}"] if comparison.only_in_one else []
     console.err.print("; ".join(told), highlight=False, soft_wrap=True)
     if config.out:
-        config.out.write_text(comparison.model_dump_json(indent=1), encoding="utf-8")
+        write_text(config.out, comparison.model_dump_json(indent=1))
     if worse := [d for d in comparison.differences if d.verdict == "worse"]:
         first = max(worse, key=lambda d: d.ratio)
         raise QualityGateError(
             f"{len(worse)} of {len(comparison.differences)} figures are worse, first {first.figure} of {first.cell}: "
             f"{_shown(first, first.other)} against {_shown(first, first.base)}, allowed {config.allowed:.0%}"
         )
+    if comparison.died:
+        raise QualityGateError(f"{comparison.other}: its server died, which that of {comparison.base} did not")
     return 0
 
 
 def _shown(difference: Difference, value: float) -> str:
-    return short_ms(value) if difference.figure in _LATENCIES else f"{value:.0%}"
+    return short_ms(value) if difference.figure in (*_LATENCIES, _SCHEDULED) else f"{value:.0%}"
 
 
 def compare(config: CompareConfig) -> Comparison:
@@ -124,7 +132,8 @@ def compare(config: CompareConfig) -> Comparison:
         for difference in _cell(mine[name], yours[name], _measured(base, name), _measured(other, name), config)
     ]
     return Comparison(base=str(config.base), other=str(config.other), differences=differences,
-                      only_in_one=sorted(mine.keys() ^ yours.keys()), refused=refused)  # fmt: skip
+                      only_in_one=sorted(mine.keys() ^ yours.keys()), refused=refused,
+                      died=other.status == "server_died" != base.status)  # fmt: skip
 
 
 def _measured(result: RunResult, cell: str) -> list[RequestRecord]:
@@ -135,7 +144,8 @@ def _cell(
     mine: CellResult, yours: CellResult, base: list[RequestRecord], other: list[RequestRecord], config: CompareConfig
 ) -> list[Difference]:
     found = []
-    for figure, pick in _LATENCIES.items():
+    figures = _LATENCIES if mine.concurrency is not None else {_SCHEDULED: _scheduled_ms, **_LATENCIES}
+    for figure, pick in figures.items():
         before, after = _values(base, pick), _values(other, pick)
         if before and after:
             found.append(_latency(mine.cell, figure, before, after, config))
@@ -151,11 +161,27 @@ def _cell(
                                 ratio=ratio, low=ratio, high=ratio, verdict=verdict))  # fmt: skip
     failed = [sum(record.outcome != "ok" for record in records) / max(1, len(records)) for records in (base, other)]
     if any(failed):
-        verdict = "worse" if failed[1] > failed[0] else "same" if failed[1] == failed[0] else "better"
+        verdict = _failures(base, other, config)
         ratio = (1 - failed[0]) / max(1 - failed[1], 1e-9)
         found.append(Difference(cell=mine.cell, figure="failed requests", base=failed[0], other=failed[1], ratio=ratio,
                                 low=ratio, high=ratio, verdict=verdict))  # fmt: skip
     return found
+
+
+def _failures(base: Sequence[RequestRecord], other: Sequence[RequestRecord], config: CompareConfig) -> Verdict:
+    """Where nothing failed before, one failure is worse; where some did, more must be beyond chance (Fisher's exact test)."""
+    before, after = ([record.outcome == "ok" for record in records] for records in (base, other))
+    if all(before) != all(after):
+        return "worse" if all(before) else "better"
+    if sum(before) * len(after) == sum(after) * len(before):
+        return "same"
+    counts = [(sum(one), len(one)) for one in (before, after)]
+    rose, fell = falling_p(counts), falling_p(counts[::-1])
+    return "worse" if rose < config.accuracy_p else "better" if fell < config.accuracy_p else "unclear"
+
+
+def _scheduled_ms(record: RequestRecord) -> float | None:
+    return None if record.e2e_ms is None else 1000 * (record.end_s - record.planned_s)
 
 
 def _values(records: Sequence[RequestRecord], pick: Callable[[RequestRecord], float | None]) -> list[float]:

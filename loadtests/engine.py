@@ -69,7 +69,7 @@ class EngineMetrics:
     """Reads one metrics page; after a first failure it stays silent, since many servers have none."""
 
     def __init__(self, address: Address, path: str = "/metrics") -> None:
-        self._address, self._path = address, path
+        self.address, self._path = address, path
         self.available = True
 
     async def read(self) -> Snapshot:
@@ -77,7 +77,7 @@ class EngineMetrics:
         if not self.available:
             return Snapshot()
         try:
-            return parse((await fetch(self._address, self._path, 10)).decode(errors="replace"))
+            return parse((await fetch(self.address, self._path, 10)).decode(errors="replace"))
         except (OSError, ValueError, TimeoutError):
             return Snapshot()
 

@@ -1,14 +1,12 @@
-"""What the figures mean: their laws, what fits the limits, and answers that go wrong under load."""
+"""What the figures mean: their laws, and what fits the limits."""
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
+from loadtests.alarms import corruption_alarms
 from loadtests.config import LoadConfig
 from loadtests.laws import ThroughputFit, TtftFit, fit_throughput, fit_ttft
 from loadtests.records import CellResult, RequestRecord, RunResult
-
-_ALARM_P = 0.02
 
 
 def add_fits(result: RunResult, config: LoadConfig) -> None:
@@ -77,41 +75,3 @@ def _within_limits(cell: CellResult, config: LoadConfig) -> bool:
     itl = config.itl_limit_ms is None or cell.tpot_ms is None or cell.tpot_ms.p90 <= config.itl_limit_ms
     right = config.accuracy_limit is None or (cell.accuracy is not None and cell.accuracy.rate >= config.accuracy_limit)
     return ttft and itl and right
-
-
-def corruption_alarms(cells: Sequence[CellResult], records: Sequence[RequestRecord]) -> list[str]:
-    """Tasks answered right at the lowest concurrency and wrong at a higher one, more often than chance explains.
-
-    The same tasks are asked at each concurrency (only their random heads differ), so that the answers pair up:
-    McNemar's exact test, one-sided, for each length.
-    """
-    alarms = []
-    for length in sorted({cell.length for cell in cells if cell.concurrency is not None}):
-        row = sorted((c for c in cells if c.length == length and c.concurrency), key=lambda cell: cell.concurrency or 0)
-        alone = _answers(row[0], records)
-        for cell in row[1:]:
-            loaded = _answers(cell, records)
-            lost = sum(alone[task] and not loaded[task] for task in alone.keys() & loaded.keys())
-            won = sum(loaded[task] and not alone[task] for task in alone.keys() & loaded.keys())
-            p = mcnemar_p(lost, won)
-            if p < _ALARM_P:
-                alarms.append(
-                    f"{length} tokens: {lost} answers right at concurrency {row[0].concurrency} are wrong at "
-                    f"{cell.concurrency} ({won} the other way, p = {p:.2g}); the sign of corrupted prefill"
-                )
-    return alarms
-
-
-def mcnemar_p(lost: int, won: int) -> float:
-    """Chance of at least `lost` losses among the answers that changed, were both ways equally likely."""
-    changed = lost + won
-    return sum(math.comb(changed, k) for k in range(lost, changed + 1)) / float(2**changed)
-
-
-def _answers(cell: CellResult, records: Sequence[RequestRecord]) -> dict[str, bool]:
-    """Answer of each task, known by the number it hides."""
-    return {
-        record.expected: record.correct
-        for record in records
-        if record.cell == cell.cell and record.role == "measured" and record.correct is not None
-    }

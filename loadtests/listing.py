@@ -8,8 +8,9 @@ from ard_serve.errors import UsageError
 from loadtests.address import Address
 from loadtests.config import LoadConfig
 
-# Where engines state their version, and under which key: vLLM and the gateway, llama.cpp, SGLang.
+# Where engines state their version, and under which key: vLLM, llama.cpp, SGLang.
 _VERSIONS = (("/version", "version"), ("/props", "build_info"), ("/server_info", "version"), ("/get_server_info", "version"))
+_GATEWAY = "ard serve"
 
 
 def list_models(address: Address, config: LoadConfig) -> dict[str, Any]:
@@ -47,14 +48,26 @@ def window(listing: dict[str, Any]) -> int | None:
     return int(found) if found else None
 
 
-def engine_version(address: Address, listing: dict[str, Any]) -> str:
-    """The engine's name and version as far as it tells, such as `vllm 0.23.0`, so that a report says what was measured."""
+def engine_version(address: Address, listing: dict[str, Any], behind: Address | None = None) -> str:
+    """The engine's name and version as far as it tells, such as `vllm 0.23.0`, so that a report says what was measured.
+
+    `behind` is where the engine behind a gateway answers, if it is known; both are then named.
+    """
     name = str(listing.get("owned_by") or "")
-    for path, key in _VERSIONS:
-        try:
-            told = httpx.get(address.base + path, headers=address.headers, timeout=10).json().get(key)
-        except (httpx.HTTPError, ValueError, AttributeError):
-            continue
-        if isinstance(told, str):
-            return f"{name} {told}".strip()
-    return name
+    told = next((found for path, key in _VERSIONS if isinstance(found := _asked(address, path).get(key), str)), "")
+    if not told and (info := _asked(address, "/openapi.json").get("info", {})).get("title") == _GATEWAY:
+        told = str(info.get("version", ""))
+    own = f"{name} {told}".strip()
+    if behind is None or behind == address:
+        return own
+    models = _asked(behind, "/v1/models").get("data") or [{}]
+    return ", ".join(part for part in (own, engine_version(behind, models[0])) if part)
+
+
+def _asked(address: Address, path: str) -> dict[str, Any]:
+    """The JSON object at a path, empty where there is none."""
+    try:
+        answer = httpx.get(address.base + path, headers=address.headers, timeout=10).json()
+    except (httpx.HTTPError, ValueError):
+        return {}
+    return answer if isinstance(answer, dict) else {}

@@ -46,21 +46,23 @@ def _git(*words: str) -> str:
 class ServerMemory:
     """Peaks of the server's memory since the last `take`.
 
-    The server is the process that listens on the address, when it is on this machine and ours to see: the API process
-    alone holds a sixth of what its engine does, so that the whole tree is summed.
+    The server is what listens on the addresses, a gateway and the engine it is attached to, when it is on this machine and
+    ours to see: the API process alone holds a sixth of what its engine does, so that whole trees are summed.
     """
 
-    def __init__(self, address: Address) -> None:
-        self._root = _listener(address.port)
+    def __init__(self, *addresses: Address) -> None:
+        self._roots = [root for address in addresses if (root := _listener(address.port)) is not None]
         self.rss_bytes: int | None = None
         self.gpu_bytes: int | None = None
 
     def sample(self) -> None:
         """Look once; processes that end meanwhile count as nothing."""
-        if self._root is not None:
+        trees: set[psutil.Process] = set()
+        for root in self._roots:
             with contextlib.suppress(psutil.Error):
-                tree = [self._root, *self._root.children(recursive=True)]
-                self.rss_bytes = max(self.rss_bytes or 0, sum(_rss(process) for process in tree))
+                trees |= {root, *root.children(recursive=True)}
+        if trees:
+            self.rss_bytes = max(self.rss_bytes or 0, sum(map(_rss, trees)))
         if used := [used_bytes for _, used_bytes in _gpus()]:
             self.gpu_bytes = max(self.gpu_bytes or 0, sum(used))
 

@@ -116,6 +116,30 @@ def tokens_within(records: Sequence[RequestRecord], start_s: float, end_s: float
     return prompt, output
 
 
+def output_each_s(records: Sequence[RequestRecord], start_s: float, end_s: float) -> list[float]:
+    """Output tokens of each whole second between two instants, whichever requests they belong to."""
+    tokens = [
+        (at_s, record.output_tokens / record.events if record.outcome == "ok" else 1.0)
+        for record in records
+        if record.outcome in ("ok", "cancelled")
+        for at_s in token_times_s(record)
+    ]
+    return _each_s(tokens, start_s, end_s)
+
+
+def good_each_s(records: Sequence[RequestRecord], config: LoadConfig, start_s: float, end_s: float) -> list[float]:
+    """Good requests that ended in each whole second between two instants."""
+    return _each_s([(record.end_s, 1.0) for record in records if meets_limits(record, config)], start_s, end_s)
+
+
+def _each_s(amounts: Iterable[tuple[float, float]], start_s: float, end_s: float) -> list[float]:
+    sums = [0.0] * int(end_s - start_s)
+    for at_s, amount in amounts:
+        if 0 <= (second := math.floor(at_s - start_s)) < len(sums):
+            sums[second] += amount
+    return sums
+
+
 def token_times_s(record: RequestRecord) -> list[float]:
     """The instants of a request's token-bearing events, in seconds of the run."""
     if record.ttft_ms is None:

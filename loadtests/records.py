@@ -41,6 +41,7 @@ class RequestRecord(Record):
     ttft_ms: float | None = None
     e2e_ms: float | None = None
     gaps_ms: list[float] = []
+    longest_gap_ms: float | None = None
     depth: float | None = None
     expected: str = ""
     answer: str = ""
@@ -96,7 +97,11 @@ class CellMemory(Record):
 
 
 class CellResult(Record):
-    """What one cell of the grid measured, all repeats pooled. Latencies in ms, throughput in tokens per second."""
+    """What one cell of the grid measured, all repeats pooled. Latencies in ms, throughput in tokens per second.
+
+    Rates are those of the whole window; the distributions named `each_s` are over its whole seconds, of which there are `n`.
+    `client_lag_ms` is the longest time for which this client itself was kept from running.
+    """
 
     cell: str
     length: int
@@ -118,10 +123,13 @@ class CellResult(Record):
     output_tokens_per_s: float | None = None
     requests_per_s: float | None = None
     goodput_per_s: float | None = None
+    output_tokens_each_s: Distribution | None = None
+    good_requests_each_s: Distribution | None = None
     accuracy: Accuracy | None = None
     accuracy_by_depth: list[Accuracy | None] = []
     memory: CellMemory = CellMemory()
     load_average: float = 0
+    client_lag_ms: float = 0
 
 
 class RunResult(Record):

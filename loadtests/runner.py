@@ -9,6 +9,7 @@ import shlex
 import signal
 import sys
 import time
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO
@@ -118,7 +119,7 @@ class _LoadTest:
             asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
         config = self._config
         engine, readings = await self._engine()
-        target = await discover(config, self._address, readings)
+        target = await discover(config, self._address, readings, engine.address)
         self._cells = plan(config, target.served_limit, target.kv_tokens, target.block_tokens)
         self.result.server = target.describe() | {"cache": readings.labels, "engine_metrics": engine.available}
         keys = config.needle_keys if config.needle else 0
@@ -157,7 +158,8 @@ class _LoadTest:
         config = self._config
         if config.metrics_url:
             address = parse_address(config.metrics_url, config.allow_host, config.api_key_env)
-            engine = EngineMetrics(address, "" if address.prefix else "/metrics")
+            root = replace(address, prefix=address.prefix.removesuffix("/metrics"))
+            engine = EngineMetrics(root, "" if root.prefix else "/metrics")
         else:
             engine = EngineMetrics(self._address)
         return engine, await engine.probe()

@@ -12,6 +12,7 @@ from ard_serve.errors import EngineDiedError
 from loadtests.client import Exchange, Stream
 from loadtests.config import LoadConfig
 from loadtests.engine import EngineMetrics
+from loadtests.lag import watched_loop
 from loadtests.load import Send, closed_loop, open_loop, roles
 from loadtests.machine import ServerMemory
 from loadtests.output import unwritable
@@ -51,7 +52,7 @@ class Session:
         self.config, self.target = config, target
         self._prompts, self._engine, self._stream = prompts, engine, stream
         self._journal, self._on_request = journal, on_request
-        self._memory = ServerMemory(target.address)
+        self._memory = ServerMemory(target.address, engine.address)
         self._began_s = time.perf_counter()
         self.runs: dict[str, CellRun] = {}
 
@@ -84,7 +85,7 @@ class Session:
         await self._engine.idle()
         readings = Readings(load_average=os.getloadavg()[0])
         before = await self._engine.read()
-        async with self._engine.peaks(_SAMPLE_EVERY_S, self._memory.sample) as peaks:
+        async with self._engine.peaks(_SAMPLE_EVERY_S, self._memory.sample) as peaks, watched_loop() as lag:
             try:
                 if cell.concurrency:
                     await closed_loop(self._send(run, repeat, bodies), cell.concurrency, cell.requests(self.config))
@@ -93,6 +94,7 @@ class Session:
             finally:
                 readings.kv_use = peaks.get("kv_use")
                 readings.waiting = int(peaks["waiting"]) if "waiting" in peaks else None
+                readings.client_lag_ms = round(lag.longest_ms, 1)
                 readings.server_rss_bytes, readings.gpu_bytes = self._memory.take()
                 run.readings.add(readings)
         after = await self._engine.read()
@@ -145,6 +147,7 @@ class Session:
         details = exchange.usage.get("prompt_tokens_details") or {}
         ok = exchange.outcome == "ok"
         reported = exchange.usage.get("prompt_tokens")
+        gaps_ms = [round((later - earlier) * 1000, 3) for earlier, later in itertools.pairwise(times_s)]
         record = RequestRecord(
             cell=run.cell.name,
             repeat=repeat,
@@ -164,7 +167,8 @@ class Session:
             connect_ms=round(exchange.connect_ms, 3),
             ttft_ms=round((times_s[0] - sent_s) * 1000, 3) if times_s else None,
             e2e_ms=round((times_s[-1] - sent_s) * 1000, 3) if times_s else None,
-            gaps_ms=[round((later - earlier) * 1000, 3) for earlier, later in itertools.pairwise(times_s)],
+            gaps_ms=gaps_ms,
+            longest_gap_ms=max(gaps_ms, default=None),
             depth=prompt.depth,
             expected=prompt.expected,
             answer=exchange.text[:_ANSWER_CHARS],

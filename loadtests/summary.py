@@ -12,7 +12,9 @@ from loadtests.metrics import (
     by_depth,
     distribution,
     full_load_window,
+    good_each_s,
     meets_limits,
+    output_each_s,
     requests_within,
     tokens_within,
 )
@@ -37,6 +39,7 @@ class Readings:
     server_rss_bytes: int | None = None
     gpu_bytes: int | None = None
     load_average: float = 0
+    client_lag_ms: float = 0
 
     def add(self, other: "Readings") -> None:
         """Take in another repeat."""
@@ -47,6 +50,7 @@ class Readings:
         self.server_rss_bytes = _max(self.server_rss_bytes, other.server_rss_bytes)
         self.gpu_bytes = _max(self.gpu_bytes, other.gpu_bytes)
         self.load_average = max(self.load_average, other.load_average)
+        self.client_lag_ms = max(self.client_lag_ms, other.client_lag_ms)
 
 
 @dataclass
@@ -81,6 +85,7 @@ def summarise(run: CellRun, config: LoadConfig, target: Target) -> CellResult:
         accuracy=accuracy(ok),
         accuracy_by_depth=by_depth(ok, config.depths),
         load_average=run.readings.load_average,
+        client_lag_ms=run.readings.client_lag_ms,
     )
     if events := sum(record.events for record in ok):
         result.tokens_per_event = round(sum(record.output_tokens for record in ok) / events, 3)
@@ -93,12 +98,16 @@ def summarise(run: CellRun, config: LoadConfig, target: Target) -> CellResult:
 
 def _add_rates(result: CellResult, run: CellRun, config: LoadConfig) -> None:
     prompt = output = requests = window_s = 0.0
+    tokens_by_second: list[float] = []
+    good_by_second: list[float] = []
     for repeat in sorted({record.repeat for record in run.records}):
         records = [record for record in run.records if record.repeat == repeat]
         window = start_s, end_s = full_load_window(records, run.cell.concurrency is not None)
         more_prompt, more_output = tokens_within(records, *window)
         prompt, output, window_s = prompt + more_prompt, output + more_output, window_s + end_s - start_s
         requests += requests_within(records, *window)
+        tokens_by_second += output_each_s(records, *window)
+        good_by_second += good_each_s(records, config, *window)
     measured = [record for record in run.records if record.role == "measured"]
     # Of a cell that was interrupted before any request ended, the window is an accident.
     if window_s <= 0 or all(record.outcome == "cancelled" for record in measured):
@@ -110,6 +119,7 @@ def _add_rates(result: CellResult, run: CellRun, config: LoadConfig) -> None:
     ok = sum(record.outcome == "ok" for record in measured)
     good = sum(meets_limits(record, config) for record in measured)
     result.requests_per_s = round(requests / window_s, 4)
+    result.output_tokens_each_s, result.good_requests_each_s = distribution(tokens_by_second), distribution(good_by_second)
     result.goodput_per_s = round(requests / window_s * good / ok, 4) if ok else 0.0
 
 
@@ -156,6 +166,11 @@ def _flags(run: CellRun, measured: Sequence[RequestRecord], target: Target) -> l
     if late := sum(record.late_ms > _LATE_MS for record in measured):
         worst_s = max(record.late_ms for record in measured) / 1000
         flags.append(f"{late} of {len(measured)} requests were sent more than {_LATE_MS} ms late, the worst {worst_s:.1f} s")
+    if (lag_ms := run.readings.client_lag_ms) > _LATE_MS:
+        flags.append(
+            f"this client itself was held up for {lag_ms:.0f} ms, so that its machine is short of processors; gaps and first "
+            "tokens of that moment are its own"
+        )
     if lost := sum(record.outcome != "ok" for record in measured):
         flags.append(f"{lost} of {len(measured)} requests failed and are in no latency")
     return flags

@@ -67,8 +67,8 @@ class Target:
         }
 
 
-async def discover(config: LoadConfig, address: Address, engine: Snapshot) -> Target:
-    """Find out how to talk to the server; costs a few requests of one token.
+async def discover(config: LoadConfig, address: Address, engine: Snapshot, behind: Address | None = None) -> Target:
+    """Find out how to talk to the server; costs a few requests of one token. `behind` is where the engine's metrics are.
 
     Raises:
         UsageError: no way of asking for a completion is accepted; says the last refusal.
@@ -83,7 +83,7 @@ async def discover(config: LoadConfig, address: Address, engine: Snapshot) -> Ta
     target = await _accepted(config, address, listing["id"], source)
     if isinstance(target.source, Words):
         await _calibrate(target, target.source)
-    target.engine, target.model_dir = engine_version(address, listing), folder
+    target.engine, target.model_dir = engine_version(address, listing, behind), folder
     target.served_limit = config.served_limit or window(listing)
     target.block_tokens = int(engine.labels.get("block_size") or engine.values.get("block_tokens") or 16)
     # Block 0 is vLLM's null block and never holds a request's tokens.

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import sys
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -13,6 +14,7 @@ from loadtests.address import Address, parse_address
 from loadtests.bias import ClientBias, measure_bias
 from loadtests.client import Exchange, stream
 from loadtests.connection import fetch
+from loadtests.lag import watched_loop
 from loadtests.senders import sender_pool
 
 OK = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n"
@@ -170,6 +172,14 @@ async def test_server_is_addressed_as_a_host_header_writes_it() -> None:
         await stream(address, "/v1/completions", b"{}", 5)
     assert f"Host: {address.authority}\r\n".encode() in received[0]
     assert parse_address("http://[::1]:8000").authority == "[::1]:8000"
+
+
+async def test_a_client_that_is_held_up_knows_it() -> None:
+    async with watched_loop() as lag:
+        await asyncio.sleep(0.05)
+        time.sleep(0.25)
+        await asyncio.sleep(0.05)
+    assert lag.longest_ms > 200
 
 
 @pytest.mark.timing

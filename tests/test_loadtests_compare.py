@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ard_serve.errors import DataError, QualityGateError, UsageError
+from ard_serve.errors import DataError, QualityGateError, ResourceError, UsageError
 from loadtests.compare import CompareConfig, compare, judge, run
 from loadtests.metrics import accuracy, distribution
 from loadtests.records import CellResult, RequestRecord, RunResult
@@ -66,6 +66,62 @@ def test_few_requests_settle_nothing(tmp_path: Path) -> None:
     assert [d.verdict for d in latencies] == ["unclear"]
 
 
+def change(folder: Path, **fields: object) -> Path:
+    """The records of a run, each with other fields."""
+    result = RunResult.model_validate_json((folder / "result.json").read_bytes())
+    result.requests = [one.model_copy(update=fields) for one in result.requests]
+    (folder / "result.json").write_text(result.model_dump_json(), encoding="utf-8")
+    return folder
+
+
+def test_a_longer_silence_is_a_regression_though_the_mean_gap_is_not(tmp_path: Path) -> None:
+    base = change(write_run(tmp_path / "a", 1000, 1), longest_gap_ms=50.0)
+    with pytest.raises(QualityGateError, match=r"first longest gap of 1024x1: 400 ms against 50 ms"):
+        run(config(base, change(write_run(tmp_path / "b", 1000, 2), longest_gap_ms=400.0)))
+    assert run(config(base, write_run(tmp_path / "c", 1000, 2))) == 0, "results before it was recorded"
+
+
+def test_open_loops_are_held_to_their_scheduled_latency(tmp_path: Path) -> None:
+    cells = [CellResult(cell="1024x1", length=1024, rate=1.0, requests=16, outcomes={"ok": 16})]
+    base, other = (write_run(tmp_path / name, 1000, seed, cells=cells) for seed, name in enumerate("ab"))
+    for folder, late_s in ((base, 0), (other, 5)):
+        result = RunResult.model_validate_json((folder / "result.json").read_bytes())
+        for record in result.requests:
+            record.planned_s = record.sent_s - late_s
+        (folder / "result.json").write_text(result.model_dump_json(), encoding="utf-8")
+    with pytest.raises(QualityGateError, match=r"first scheduled of 1024x1: 6\.\d+ s against 1\.\d+ s"):
+        run(config(base, other))
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "verdict"),
+    [(0, 1, "worse"), (1, 0, "better"), (2, 2, "same"), (2, 3, "unclear"), (1, 9, "worse"), (9, 1, "better")],
+)
+def test_failures_where_some_failed_before_must_be_beyond_chance(tmp_path: Path, before: int, after: int, verdict: str) -> None:
+    folders = []
+    for name, failed in (("a", before), ("b", after)):
+        folders.append(write_run(tmp_path / name, 1000, 1))
+        result = RunResult.model_validate_json((folders[-1] / "result.json").read_bytes())
+        for record in result.requests[:failed]:
+            record.outcome = "timeout"
+        (folders[-1] / "result.json").write_text(result.model_dump_json(), encoding="utf-8")
+    (found,) = [d for d in compare(config(*folders)).differences if d.figure == "failed requests"]
+    assert found.verdict == verdict
+
+
+def test_a_server_that_died_is_no_pass(tmp_path: Path) -> None:
+    base, other = write_run(tmp_path / "a", 1000, 1), write_run(tmp_path / "b", 1000, 2, status="server_died")
+    with pytest.raises(QualityGateError, match="its server died"):
+        run(config(base, other))
+    assert run(config(other, base)) == 0
+
+
+def test_a_comparison_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+    base = write_run(tmp_path / "a", 1000, 1)
+    with pytest.raises(ResourceError, match=r"compared\.json: cannot be written"):
+        run(config(base, base, out=tmp_path / "missing" / "compared.json"))
+
+
 @pytest.mark.parametrize(
     ("ratio", "low", "high", "verdict"),
     [(1.3, 1.2, 1.4, "worse"), (1.3, 0.9, 1.8, "unclear"), (1.05, 1.02, 1.08, "same"), (0.7, 0.6, 0.8, "better"),
@@ -80,6 +136,10 @@ def test_runs_that_ask_different_things_do_not_compare(tmp_path: Path) -> None:
     other = write_run(tmp_path / "b", 1000, 2, settings={"output_tokens": 99, "arrival": "closed"})
     with pytest.raises(UsageError, match="output_tokens: 11 against 99"):
         compare(config(base, other))
+    with pytest.raises(UsageError, match="seed: None against 5"):
+        compare(
+            config(base, write_run(tmp_path / "d", 1000, 2, settings={"output_tokens": 11, "arrival": "closed", "seed": 5}))
+        )
     with pytest.raises(UsageError, match="no cell in common"):
         compare(config(base, write_run(tmp_path / "c", 1000, 2, cells=[])))
 

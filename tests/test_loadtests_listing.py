@@ -63,12 +63,21 @@ def test_window_is_found_where_each_engine_lists_it(serve: Serve, listing: dict[
     ("listing", "answers", "said"),
     [(VLLM, {"/version": (200, {"version": "0.23.0"})}, "vllm 0.23.0"),
      (LLAMA, {"/props": (200, {"build_info": "b1-0c1e570", "total_slots": 2})}, "llamacpp b1-0c1e570"),
-     ({"id": "hosted"}, {"/version": (200, ["not an object"])}, "")],
+     ({"id": "m", "owned_by": "ard-serve"}, {"/openapi.json": (200, {"info": {"title": "ard serve", "version": "0.1.0"}})},
+      "ard-serve 0.1.0"),
+     ({"id": "hosted"}, {"/version": (200, ["not an object"]), "/openapi.json": (200, {"info": {"title": "Hosted"}})}, "")],
 )  # fmt: skip
 def test_engine_is_named_with_its_version(
     serve: Serve, listing: dict[str, Any], answers: dict[str, tuple[int, Any]], said: str
 ) -> None:
     assert engine_version(serve(answers), listing) == said
+
+
+def test_engine_behind_a_gateway_is_named_too(serve: Serve) -> None:
+    engine = serve({"/version": (200, {"version": "0.23.0"}), "/v1/models": (200, {"data": [VLLM]})})
+    gateway = serve({"/openapi.json": (200, {"info": {"title": "ard serve", "version": "0.1.0"}})})
+    assert engine_version(gateway, {"owned_by": "ard-serve"}, engine) == "ard-serve 0.1.0, vllm 0.23.0"
+    assert engine_version(engine, VLLM, engine) == "vllm 0.23.0"
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """What is said of the machine, and the memory of a server whose processes and GPUs are known."""
 
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -25,14 +26,24 @@ child.kill()
 
 def test_memory_is_that_of_the_whole_process_tree() -> None:
     command = [sys.executable, "-c", _SERVER]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+    listener = socket.create_server(("127.0.0.1", 0))
+    with listener, subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
-        memory = machine.ServerMemory(Address("http", "127.0.0.1", int(process.stdout.readline()), ""))
+        server = Address("http", "127.0.0.1", int(process.stdout.readline()), "")
+        memory = machine.ServerMemory(server)
         memory.sample()
         rss_bytes, _ = memory.take()
+        both = machine.ServerMemory(own := Address("http", "127.0.0.1", listener.getsockname()[1], ""), server)
+        both.sample()
+        both_bytes, _ = both.take()
+        twice = machine.ServerMemory(own, own)
+        twice.sample()
         process.communicate("")
     assert rss_bytes is not None
     assert rss_bytes > 64 << 20
+    assert both_bytes is not None
+    assert both_bytes > rss_bytes, "a gateway and the engine that it is attached to"
+    assert twice.take()[0] == pytest.approx(both_bytes, rel=0.1), "no process counts twice"
     assert memory.take()[0] is None, "each cell starts over"
 
 

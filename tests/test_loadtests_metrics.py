@@ -4,15 +4,18 @@ import numpy as np
 import pytest
 
 from loadtests.address import Address
+from loadtests.alarms import corruption_alarms, falling_p, mcnemar_p
 from loadtests.config import LoadConfig
-from loadtests.fits import corruption_alarms, mcnemar_p, what_fits
+from loadtests.fits import what_fits
 from loadtests.laws import fit_throughput, fit_ttft
 from loadtests.metrics import (
     accuracy,
     by_depth,
     distribution,
     full_load_window,
+    good_each_s,
     meets_limits,
+    output_each_s,
     requests_within,
     tokens_within,
 )
@@ -95,6 +98,14 @@ def open_loop(every_s: float, e2e_ms: float, requests: int = 10) -> list[Request
     gaps_ms = [(e2e_ms - 100) / 10] * 10
     return [record(planned_s=at * every_s, sent_s=at * every_s, ttft_ms=100.0, e2e_ms=e2e_ms, gaps_ms=gaps_ms)
             for at in range(requests)]  # fmt: skip
+
+
+def test_each_whole_second_of_the_window_counts_its_own_tokens_and_good_ends() -> None:
+    # Tokens at 1.0, 1.1 ... 2.0 and half a second later; the window's last half second is no whole one.
+    records = [record(), record(sent_s=0.5, correct=False), record(outcome="rejected", ttft_ms=None, e2e_ms=None)]
+    assert output_each_s(records, 0.75, 3.25) == [8 + 3, 3 + 8]
+    assert good_each_s(records, LoadConfig(url="http://127.0.0.1:1"), 0.75, 3.25) == [0, 1]
+    assert output_each_s(records, 1, 1.5) == []
 
 
 @pytest.mark.parametrize("e2e_ms", [500.0, 1000.0, 4500.0])
@@ -189,6 +200,27 @@ def test_alarm_pairs_the_answers_of_one_task() -> None:
     assert corruption_alarms(cells, alone + one_lost) == []
     # As many wrong answers, but the same ones: the model's limit, not the load's doing.
     assert corruption_alarms(cells, answers("1024x1", [True] * 6 + [False] * 6) + half) == []
+
+
+def test_alarm_counts_the_tasks_that_only_load_asks() -> None:
+    """Eight right alone, and half of sixteen wrong under load: four pairs are lost, which alone could be chance."""
+    cells = [cell(1024, 1), cell(1024, 16)]
+    records = answers("1024x1", [True] * 8) + answers("1024x16", [True, False] * 8)
+    (alarm,) = corruption_alarms(cells, records)
+    assert "8 of 8 at 1, 8 of 16 at 16" in alarm
+    assert corruption_alarms(cells, answers("1024x1", [True, False] * 4) + answers("1024x16", [True, False] * 8)) == []
+
+
+def test_falling_answers_against_counted_and_simulated_truth() -> None:
+    # All of the eight wrong among the sixteen of the last load: one way in C(24, 8) / C(16, 8).
+    assert falling_p([(8, 8), (8, 16)]) == pytest.approx(12_870 / 735_471)
+    assert falling_p([(8, 16), (8, 8)]) == 1
+    assert falling_p([(8, 8), (8, 8)]) == falling_p([(0, 8), (0, 8)]) == falling_p([]) == 1
+    # Many answers: by the normal approximation, against shuffled ones.
+    counts, draw = [(90, 100), (88, 100), (82, 100)], np.random.default_rng(0)
+    scores = np.repeat([0, 1, 2], 100)
+    sums = np.array([scores[draw.permutation(300)[:40]].sum() for _ in range(20_000)])
+    assert falling_p(counts) == pytest.approx(float((sums >= 12 + 2 * 18).mean()), abs=0.01)
 
 
 def test_mcnemar() -> None:

@@ -19,6 +19,7 @@ from server import capacity, flags, preflight
 from server.assembly import Assembly, EnginePlan, assemble
 from server.auth import Keys
 from server.config import ServeConfig
+from server.contents import Contents
 from server.errors import unavailable
 from server.gateway import Gateway
 from server.listener import bind, make_server
@@ -33,6 +34,7 @@ log = logging.getLogger("server")
 
 _DRAIN_POLL_S = 0.05
 _STOP_GRACE_S = 0.5
+_CHECK_FIRST_S = 0.25
 _LOOPBACK = ("127.", "::1", "localhost")
 
 
@@ -49,6 +51,7 @@ def run(config: ServeConfig) -> int:
         listeners.append(bind(config.host, config.metrics_port))
     checkpoint = preflight.check_model(config)
     native = check_short(config, checkpoint) if config.profile_short else None
+    contents = Contents(checkpoint, *([native] if native else []))
     if config.attach and config.engine_args:
         raise UsageError(f"{config.engine_args[0]} after --: the engine at {config.attach[0]} has its flags already; remove it")
     gpus = capacity.gpu_memory_bytes()
@@ -56,11 +59,12 @@ def run(config: ServeConfig) -> int:
     # The lanes of an attached engine are its operator's to set; those of a GPU are the likelier guess for it.
     lanes = flags.lanes(config, bool(gpus) or bool(config.attach))
     with tempfile.TemporaryDirectory(prefix="ard-serve-") as folder:
-        make = partial(assemble, main, short, lanes, Path(folder))
+        make = partial(assemble, main, short, lanes, Path(folder), contents.passed)
         card = preflight.model_card(config, checkpoint, int(time.time()))
         if native:
             card["profile_short"] = _introduce(config, checkpoint, native)
-        return uvloop.run(_serve(config, card, keys, listeners, traces, make))
+        contents.wait(_CHECK_FIRST_S)
+        return uvloop.run(_serve(config, card, keys, listeners, traces, contents, make))
 
 
 def _plan_engines(
@@ -108,6 +112,7 @@ async def _serve(
     keys: Keys,
     listeners: list[socket.socket],
     traces: Traces | None,
+    contents: Contents,
     make: Callable[[], Assembly],
 ) -> int:
     made = make()
@@ -120,22 +125,25 @@ async def _serve(
     pairs = zip(servers, listeners, strict=True)
     serving = asyncio.gather(*(server.serve(sockets=[listener]) for server, listener in pairs))
     engines = [asyncio.create_task(keeper.run()) for keeper in made.keepers]
+    damage = asyncio.create_task(contents.damage())
     for listener, what in zip(listeners, ("the engine is loading", "metrics"), strict=False):
         host, port = listener.getsockname()[:2]
         out.print(f"listening on http://{host}:{port}, {what}", highlight=False)
     try:
-        ends: tuple[asyncio.Future[Any], ...] = (serving, signals.first, *engines)
+        ends: tuple[asyncio.Future[Any], ...] = (serving, signals.first, damage, *engines)
         await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+        if damage.done():
+            damage.result()
         if ended := [engine for engine in engines if engine.done()]:
             gateway.abort_all(unavailable("the engine died and could not be restarted", "engine_failed"))
             ended[0].result()
         return await _drain(config.drain_s, gateway, made.profiles, signals) if signals.first.done() else 0
     finally:
-        for engine in engines:
-            engine.cancel()
+        for task in (damage, *engines):
+            task.cancel()
         for server in servers:
             server.should_exit = True
-        await asyncio.gather(serving, *engines, return_exceptions=True)
+        await asyncio.gather(serving, damage, *engines, return_exceptions=True)
         await asyncio.gather(*(keeper.stop(_STOP_GRACE_S) for keeper in made.keepers))
         for keeper in made.keepers:
             keeper.watch.upstream.close()

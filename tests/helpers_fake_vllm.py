@@ -36,6 +36,7 @@ def log(**fields: Any) -> None:
 class FakeEngine:
     def __init__(self) -> None:
         self.script: dict[str, Any] = json.loads(os.environ.get("FAKE_SCRIPT", "{}"))
+        self.corrupted = 0
 
     async def connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
@@ -54,7 +55,10 @@ class FakeEngine:
             return reply(writer, 401, {"error": "Unauthorized"})
         if path == "/health":
             return reply(writer, self.script.get("health", 200), {})
+        if path == "/version":
+            return reply(writer, 200, {"version": self.script["version"]} if "version" in self.script else {})
         if path == "/openapi.json":
+            log(event="openapi")
             schema = {"properties": dict.fromkeys(PARAMETERS.split(), 0)}
             names = ("CompletionRequest", "ChatCompletionRequest", "ResponsesRequest")
             return reply(writer, 200, {"components": {"schemas": dict.fromkeys(names, schema)}})
@@ -63,7 +67,8 @@ class FakeEngine:
         if path == "/metrics":
             blocks = self.script.get("blocks", 65)
             text = f'vllm:cache_config_info{{num_gpu_blocks="{blocks}",block_size="16"}} 1.0\n'
-            text += f"vllm:corrupted_requests_total {self.script.get('corrupted', 0)}\n"
+            if self.script.get("counts_nans", True):
+                text += f"vllm:corrupted_requests_total {self.corrupted}\n"
             return reply(writer, 200, text, "text/plain")
         fields = json.loads(body)
         if path == "/tokenize":
@@ -72,6 +77,7 @@ class FakeEngine:
             )
             return reply(writer, 200, {"count": len("".join(texts))})
         is_canary = headers.get("x-request-id") == "canary"
+        self.corrupted += self.script.get("corrupted", 0)
         script = self.script.get("canary", {}) if is_canary else script_of(fields.get("user"))
         if not is_canary:
             log(event="start", path=path, id=headers.get("x-request-id"), trace=headers.get("traceparent"), body=body.decode())

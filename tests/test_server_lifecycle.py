@@ -193,17 +193,30 @@ def test_the_engine_does_not_outlive_a_killed_gateway(start: StartGateway) -> No
 @pytest.mark.fault("S22")
 @pytest.mark.parametrize(
     "script",
-    [{"canary": {"logprob": float("nan")}}, {"canary": {"status": 500}, "corrupted": 1}],
-    ids=["written", "not writable"],
+    [
+        {"canary": {"logprob": float("nan")}, "counts_nans": False},
+        {"canary": {"status": 500}, "corrupted": 1},
+        {"corrupted": 1},
+    ],
+    ids=["written", "not writable", "counted"],
 )
 def test_non_finite_logits_raise_the_alarm(start: StartGateway, script: dict[str, Any]) -> None:
-    """A NaN that the engine writes as a logprob, and one at which it fails to write its answer and only counts it."""
+    """A NaN that the engine writes as a logprob, one at which it fails to write its answer, and one that it only counts."""
     gateway = start(script)
     wait_for(lambda: gateway.metric("ard_engine_non_finite") == 1)
     assert gateway.status("/readyz") == 503
     response = complete(gateway)
     assert response.status_code == 500
     assert error_of(response)["code"] == "non_finite_logits"
+
+
+def test_the_engines_parameters_are_asked_once_for_a_version_of_it(start: StartGateway, tmp_path: Path) -> None:
+    cache = {"XDG_CACHE_HOME": str(tmp_path)}
+    for version, asked in (("1.2", 1), ("1.2", 0), ("1.3", 1)):
+        gateway = start({"version": version}, cache).until_ready()
+        assert len(gateway.engine_events("openapi")) == asked
+        assert error_of(complete(gateway, top_q=5))["code"] == "unknown_parameter"
+        gateway.stop()
 
 
 def test_queued_requests_survive_a_restart(start: StartGateway) -> None:

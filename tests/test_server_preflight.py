@@ -1,19 +1,25 @@
 """A model folder that is damaged, holds code or does not fit is refused before an engine starts, naming what is wrong."""
 
+import contextlib
 import json
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import httpx
 import numpy as np
 import pytest
-from helpers_server import MODEL_CONFIG, StartGateway, gateways, write_export, write_model, write_safetensors
+from helpers_server import MODEL_CONFIG, StartGateway, gateways, is_alive, write_export, write_model, write_safetensors
 
 from ard_serve import artifact
 from ard_serve.errors import ArdError, ModelError, ResourceError, UsageError
 from server import capacity
 from server.config import ServeConfig
-from server.preflight import check_model, expected_shapes, model_card
+from server.preflight import check_contents, check_model, expected_shapes, model_card
+
+
+def check(folder: Path) -> None:
+    check_contents(check_model(ServeConfig(model=folder)))
 
 
 def truncate(folder: Path) -> None:
@@ -79,19 +85,19 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StartGateway]:
 def test_a_damaged_model_is_refused_and_the_damage_named(tmp_path: Path, name: str) -> None:
     damage, named = DAMAGE[name]
     folder = write_model(tmp_path / "model")
-    check_model(ServeConfig(model=folder))
+    check(folder)
     damage(folder)
     with pytest.raises(ModelError, match=named):
-        check_model(ServeConfig(model=folder))
+        check(folder)
 
 
 @pytest.mark.fault("S1")
 def test_a_flipped_bit_is_found_where_there_is_a_manifest(tmp_path: Path) -> None:
     folder = write_export(tmp_path / "export")
-    check_model(ServeConfig(model=folder))
+    check(folder)
     flip_a_bit(folder)
     with pytest.raises(ModelError, match=r"model\.safetensors.*sha256"):
-        check_model(ServeConfig(model=folder))
+        check(folder)
 
 
 @pytest.mark.timing
@@ -106,6 +112,31 @@ def test_the_server_ends_with_3_within_ten_seconds_and_no_engine_starts(start: S
     assert "sha256 mismatch" in gateway.stderr
     assert len(gateway.stderr.splitlines()) == 1
     assert gateway.engine_events("engine") == []
+
+
+@pytest.mark.fault("S1")
+def test_a_model_too_large_to_check_first_is_checked_beside_its_loading_and_is_never_ready(
+    start: StartGateway, tmp_path: Path
+) -> None:
+    folder = write_export(tmp_path / "export")
+    with (folder / "large.bin").open("wb") as file:
+        file.truncate(2 << 30)
+    manifest = artifact.read_manifest(folder)
+    assert manifest
+    wrong = artifact.FileRecord(path="large.bin", size_bytes=2 << 30, sha256="0" * 64)
+    artifact.write_manifest(folder, manifest.model_copy(update={"files": (*manifest.files, wrong)}))
+    gateway = start(model=str(folder))
+    states = set()
+    with gateway.client() as client:
+        while gateway.process.poll() is None:
+            with contextlib.suppress(httpx.TransportError):
+                states.add(client.get("/readyz").status_code)
+    assert gateway.wait() == 3
+    assert states == {503}
+    assert "large.bin: sha256 mismatch" in gateway.stderr.splitlines()[-1]
+    engines = gateway.engine_events("engine")
+    assert engines
+    assert not any(is_alive(int(event["pid"])) for event in engines)
 
 
 def test_a_path_that_is_no_model_is_a_usage_error(tmp_path: Path) -> None:

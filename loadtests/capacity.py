@@ -53,9 +53,9 @@ def memory(result: RunResult) -> str:
 
 
 def limits(result: RunResult) -> str:
-    """The section on what meets the limits that were given; empty without any."""
+    """The section on what meets the limits that were given; empty without any, and where no concurrency was set."""
     found = result.fits.get("limits")
-    if not found:
+    if not found or not found["by_length"]:
         return ""
     settings = result.settings
     asked = [
@@ -64,15 +64,16 @@ def limits(result: RunResult) -> str:
         f"at least {settings['accuracy_limit']:.0%} right" if settings["accuracy_limit"] else "",
     ]
     tried = {str(c.length): c.concurrency for c in sorted(result.cells, key=lambda c: c.concurrency or 0)}
-    body = [
-        [
-            short_length(int(length)),
-            "none" if not most else f"{most}, the most tried" if most == tried.get(length) else str(most),
-        ]
-        for length, most in found["by_length"].items()
+    lengths, fitting = zip(*found["by_length"].items(), strict=True)
+    shown = [
+        "none" if not most else f"{most}, the most tried" if most == tried.get(length) else str(most)
+        for length, most in zip(lengths, fitting, strict=True)
     ]
     best = found["longest"]
     answer = f"The longest: {short_length(best)} with {found['concurrency_at_longest']} at once." if best else "Nothing fits."
     intro = f"{answer} Asked of nine requests in ten: {', '.join(part for part in asked if part)}."
-    table = rows(("length", "largest concurrency within the limits"), body)
+    table = rows(
+        ("prompt tokens", *(short_length(int(length)) for length in lengths)),
+        [("largest concurrency within the limits", *shown)],
+    )
     return f'<h2>What fits your limits</h2><p>{text(intro)}</p><div class="cards">{card("", table)}</div>'

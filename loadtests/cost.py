@@ -59,7 +59,7 @@ def chosen_lengths(result: RunResult, short: int = 0, long: int = 0) -> tuple[in
 
 
 def by_length(result: RunResult) -> Table:
-    """One row for each length, at the lowest load that was run; answers are those of all loads."""
+    """One row for each length, at the lowest load that was run; answers are those of all loads. What is unknown is left out."""
     header = ["prompt", "n", "first token, median", "worst", "against the shortest", "prompt tokens/s", "gap, median",
               "KV of a request", "fit at once", "right"]  # fmt: skip
     cells = [cell for cell in _believed(result) if cell.concurrency == _lowest(result) and cell.ttft_ms]
@@ -73,7 +73,8 @@ def by_length(result: RunResult) -> Table:
             short_ms(cell.itl_ms.p50) if cell.itl_ms else _UNKNOWN, _kv_of_request(result, cell.length),
             _fits(result, cell.length), _right(result, cell.length),
         ])  # fmt: skip
-    return header, rows
+    told = [at for at in range(len(header)) if any(row[at] != _UNKNOWN for row in rows)]
+    return [header[at] for at in told], [[row[at] for at in told] for row in rows]
 
 
 _FIGURES: tuple[tuple[str, Callable[[CellResult], float | None], Callable[[float], str]], ...] = (

@@ -4,6 +4,7 @@ import csv
 import io
 import os
 from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -13,6 +14,7 @@ from loadtests.units import short_ms, short_number
 
 RESULT = "result.json"
 _DISTRIBUTIONS = ("ttft_ms", "itl_ms", "tpot_ms", "e2e_ms", "scheduled_ms", "late_ms")
+_EACH_S = ("output_tokens_each_s", "good_requests_each_s")
 _PERCENTILES = ("n", "mean", "p50", "p90", "p99", "max")
 
 
@@ -63,14 +65,14 @@ def cells_csv(result: RunResult) -> str:
     """One row for each cell, one column for each figure."""
     out = io.StringIO()
     plain = ["cell", "length", "concurrency", "rate", "requests", "window_s", "tokens_per_event", "prompt_tokens_per_s",
-             "output_tokens_per_s", "requests_per_s", "goodput_per_s", "load_average", "refused"]  # fmt: skip
-    spread = [f"{name}_{percentile}" for name in _DISTRIBUTIONS for percentile in _PERCENTILES]
+             "output_tokens_per_s", "requests_per_s", "goodput_per_s", "load_average", "client_lag_ms", "refused"]  # fmt: skip
+    spread = [f"{name}_{percentile}" for name in (*_DISTRIBUTIONS, *_EACH_S) for percentile in _PERCENTILES]
     memory = ["predicted_kv", "observed_kv", "preemptions", "server_rss_bytes", "gpu_bytes"]
     writer = csv.DictWriter(out, [*plain, *spread, "accuracy", "accuracy_low", "accuracy_high", *memory])
     writer.writeheader()
     for cell in result.cells:
         row = {name: getattr(cell, name) for name in plain} | {name: getattr(cell.memory, name) for name in memory}
-        for name in _DISTRIBUTIONS:
+        for name in (*_DISTRIBUTIONS, *_EACH_S):
             values: Distribution | None = getattr(cell, name)
             row |= {f"{name}_{percentile}": getattr(values, percentile) if values else None for percentile in _PERCENTILES}
         if cell.accuracy:
@@ -101,6 +103,17 @@ def summary_row(cell: CellResult) -> list[str]:
     ]
 
 
+def client_share(client: dict[str, Any]) -> str:
+    """What of the figures is the client's own, as measured before the run; empty where that was not."""
+    # Results before November 2026 do not hold the client's share apart.
+    if "ttft_added_p50_ms" not in client:
+        return ""
+    median_ms, p99_ms = client["ttft_added_p50_ms"], client["ttft_added_p99_ms"]
+    told = f"this client adds {short_ms(median_ms)} to a first token (p99 {short_ms(p99_ms)}) and reads gaps of "
+    told += f"{client['true_itl_ms']:g} ms as {short_ms(client['itl_p50_ms'])}, at concurrency {client['concurrency']}"
+    return f"{told} against a mock server"
+
+
 def summary_markdown(result: RunResult) -> str:
     """The cells as a Markdown table, with what a reader must know beside it."""
     lines = [
@@ -108,9 +121,10 @@ def summary_markdown(result: RunResult) -> str:
         "",
         f"{result.started_at}, {result.duration_s:.0f} s, {result.machine['cpu']} x {result.machine['cores']}. "
         f"`{result.command}`",
+        *(["", f"Of these figures, {share}."] if (share := client_share(result.client)) else []),
         "",
         *(f"- **{alarm}**" for alarm in result.alarms),
-        "",
+        *([""] if result.alarms else []),
         "| " + " | ".join(SUMMARY_HEADER) + " |",
         "|" + "---|" * len(SUMMARY_HEADER),
         *("| " + " | ".join(summary_row(cell)) + " |" for cell in result.cells),

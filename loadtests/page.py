@@ -18,7 +18,7 @@ h1 { font-size:1.7rem; margin:0 0 .2rem; letter-spacing:-.01em; } h2 { font-size
 h3 { font-size:.95rem; margin:0 0 .5rem; } p { margin:.3rem 0 .9rem; max-width:62rem; } .faint { color:var(--faint); }
 code { font:.88em ui-monospace, monospace; background:var(--card); padding:.1em .35em; border-radius:4px;
   overflow-wrap:anywhere; }
-.tiles { display:grid; grid-template-columns:repeat(auto-fit,minmax(9.8rem,1fr)); gap:.8rem; margin:1.2rem 0; }
+.tiles { display:grid; grid-template-columns:repeat(auto-fit,minmax(8.6rem,1fr)); gap:.8rem; margin:1.2rem 0; }
 .tile, .card { background:var(--card); border:1px solid var(--line); border-radius:10px; padding:.9rem 1rem; }
 .tile b { display:block; font-size:1.55rem; line-height:1.25; letter-spacing:-.02em; font-variant-numeric:tabular-nums; }
 .tile span { color:var(--faint); font-size:.86rem; }
@@ -32,8 +32,9 @@ th { font-weight:600; color:var(--faint); padding:.25rem .4rem; text-align:right
 td { padding:.3rem .5rem; text-align:right; white-space:nowrap; border-radius:4px; }
 .rows { border-spacing:0; } .rows td, .rows th { border-bottom:1px solid var(--line); border-radius:0; }
 .rows td:first-child, .rows th:first-child, .facts td, .facts th { text-align:left; white-space:normal; }
-.heat td { min-width:3rem; padding:.3rem; text-align:center; } .heat th { text-align:center; }
-.heat th { white-space:nowrap; } .heat th:first-child { text-align:right; width:1%; }
+.heat { font-size:.84rem; } .heat td { min-width:2.6rem; padding:.3rem .1rem; text-align:center; }
+.heat th { text-align:center; }
+.heat th { white-space:nowrap; } .heat th:first-child { text-align:right; width:1%; padding-left:0; }
 .none { color:var(--faint); }
 @media print { body { max-width:none; } .card { break-inside:avoid; } }
 """

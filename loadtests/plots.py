@@ -11,7 +11,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullForma
 
 from loadtests.grids import shown_length
 from loadtests.records import CellResult, RequestRecord, RunResult
-from loadtests.units import short_bytes, short_count, short_length, short_ms
+from loadtests.units import short_bytes, short_length, short_ms
 
 # Colours that matplotlib writes and that are then replaced; any that occur nowhere else would do.
 _INK, _FAINT, _GRID = "#0a0b0c", "#1a1b1c", "#2a2b2c"
@@ -77,7 +77,7 @@ def _mark_turn(axes: Axes, turn: float | None, curve: Sequence[Sequence[float]])
     """A dotted line where attention's share overtakes the rest, if that is within the picture."""
     if turn and curve[0][0] < turn < curve[-1][0]:
         axes.axvline(turn, color=_FAINT, linestyle=":", linewidth=1.2)
-        axes.text(turn, 0.03, f"quadratic from {short_count(turn)} ", transform=axes.get_xaxis_transform(), ha="right",
+        axes.text(turn, 0.03, f"quadratic from {turn:,.0f} ", transform=axes.get_xaxis_transform(), ha="right",
                   color=_FAINT, fontsize=9)  # fmt: skip
 
 
@@ -117,7 +117,7 @@ def kv_predicted_and_observed(result: RunResult) -> str:
             chosen = [(predicted, observed) for predicted, observed, p in pairs if p == preempted]
             if chosen:
                 axes.plot(*_pairs(chosen), linestyle="", color=_SERIES[index], marker=_MARKERS[index], label=label)
-        share = FuncFormatter(lambda value, _: f"{value:.0%}")
+        share = FuncFormatter(lambda value, _: f"{100 * value:.3g}%")
         axes.xaxis.set_major_formatter(share)
         axes.yaxis.set_major_formatter(share)
         axes.set(xlabel="KV cache needed, predicted", ylabel="KV cache used, observed")

@@ -1,8 +1,10 @@
 """`report.html`: what the run says, from the headline down to every figure, the settings and the machine."""
 
 import json
+from collections.abc import Callable
 
-from loadtests import capacity, plots
+from ard_serve.errors import UsageError
+from loadtests import capacity, cost, plots
 from loadtests.grids import grid, percentile, shown_length
 from loadtests.metrics import accuracy
 from loadtests.output import SUMMARY_HEADER, summary_row
@@ -14,9 +16,8 @@ from loadtests.units import short_bytes, short_length, short_ms, short_number
 def render(result: RunResult) -> str:
     """The report as one self-contained HTML document."""
     title = f"Load test of {result.server.get('model', 'a server')}"
-    sections = [_head(title, result), _tiles(result), _alarms(result), _maps(result), _curves(result), _answers(result),
-                capacity.memory(result), capacity.limits(result), _all_figures(result), _conditions(result)]  # fmt: skip
-    return page(title, [section for section in sections if section])
+    sections = (_tiles, _alarms, capacity.limits, _costs, _maps, _curves, _answers, capacity.memory, _all_figures, _conditions)
+    return page(title, [_head(title, result), *filter(None, (section(result) for section in sections))])
 
 
 def _head(title: str, result: RunResult) -> str:
@@ -62,6 +63,9 @@ def _tiles(result: RunResult) -> str:
     if lengths := result.kv.get("lengths"):
         longest = max(lengths, key=int)
         tiles.append(tile(str(lengths[longest]["fits"]), f"prompts of {short_length(int(longest))} fit the KV cache at once"))
+    if "ttft_added_p50_ms" in (client := result.client):
+        own = f"of a first token are this client's own, {client['concurrency']} at once against a mock server"
+        tiles.append(tile(short_ms(client["ttft_added_p50_ms"]), own))
     return f'<div class="tiles">{"".join(tiles)}</div>'
 
 
@@ -73,6 +77,20 @@ def _alarms(result: RunResult) -> str:
     if not result.alarms and graded and len({cell.concurrency for cell in result.cells}) > 1:
         boxes.append('<p class="calm"><b>No alarm:</b> answers do not get worse with concurrency beyond chance.</p>')
     return "".join(boxes)
+
+
+def _costs(result: RunResult) -> str:
+    """Each length at the lowest load, and the longest prompts against short ones; empty for a single length."""
+    try:
+        short, long = cost.chosen_lengths(result)
+    except UsageError:
+        return ""
+    each, pair = rows(*cost.by_length(result)), rows(*cost.against(result, short, long))
+    title = f"What {short_length(long)} tokens cost against {short_length(short)}"
+    return (
+        f"<h2>What a longer prompt costs</h2>{card(f'Each length, {cost.at_lowest(result)}', each)}"
+        f'<p></p><details class="card"><summary>{text(title)}, at every load</summary>{pair}</details>'
+    )
 
 
 def _maps(result: RunResult) -> str:
@@ -169,22 +187,26 @@ def _all_figures(result: RunResult) -> str:
         for name, values in (("TTFT", cell.ttft_ms), ("ITL", cell.itl_ms), ("TPOT", cell.tpot_ms), ("E2E", cell.e2e_ms),
                              ("scheduled", cell.scheduled_ms), ("sent late", cell.late_ms)):  # fmt: skip
             if values and not cell.refused:
-                spread.append([cell.cell, name, *_spread(values)])
+                spread.append([cell.cell, name, *_spread(values, short_ms)])
+        for name, values in (("output tokens, by second", cell.output_tokens_each_s),
+                             ("good requests, by second", cell.good_requests_each_s)):  # fmt: skip
+            if values and not cell.refused:
+                spread.append([cell.cell, name, *_spread(values, short_number)])
     summary = rows(SUMMARY_HEADER, [summary_row(cell) for cell in result.cells])
-    detail = rows(("cell", "latency", "n", "mean", "p50", "p90", "p99", "max"), spread)
+    detail = rows(("cell", "figure", "n", "mean", "p50", "p90", "p99", "max"), spread)
     outcomes = facts([(c.cell, ", ".join(f"{n} {k}" for k, n in c.outcomes.items())) for c in result.cells])
     graded = [[c.cell, str(c.accuracy.n), str(c.accuracy.right), f"{c.accuracy.rate:.0%}", f"{c.accuracy.low:.0%} to "
                f"{c.accuracy.high:.0%}"] for c in result.cells if c.accuracy]  # fmt: skip
     right = rows(("cell", "asked", "right", "share", "95% interval"), graded)
-    folded = {"Percentiles of every latency": detail, "Right answers": right if graded else "", "Outcomes": outcomes}
+    folded = {"Percentiles of every figure": detail, "Right answers": right if graded else "", "Outcomes": outcomes}
     boxes = "".join(
         f'<p></p><details class="card"><summary>{name}</summary>{table}</details>' for name, table in folded.items() if table
     )
     return f'<h2>All figures</h2><div class="card">{summary}</div>{boxes}'
 
 
-def _spread(values: Distribution) -> list[str]:
-    return [str(values.n), *(short_ms(value) for value in (values.mean, values.p50, values.p90, values.p99, values.max))]
+def _spread(values: Distribution, unit: Callable[[float], str]) -> list[str]:
+    return [str(values.n), *(unit(value) for value in (values.mean, values.p50, values.p90, values.p99, values.max))]
 
 
 def _conditions(result: RunResult) -> str:

@@ -26,7 +26,7 @@ from loadtests.config import LoadConfig
 from loadtests.engine import EngineMetrics, Snapshot
 from loadtests.kv_report import describe_kv
 from loadtests.machine import commit, describe_machine
-from loadtests.output import SUMMARY_HEADER, summary_row, unwritable, write_result, write_tables
+from loadtests.output import SUMMARY_HEADER, client_share, summary_row, unwritable, write_result, write_tables
 from loadtests.prompts import PromptMaker
 from loadtests.records import CellResult, RequestRecord, RunResult
 from loadtests.scenario import Cell, plan, schedule
@@ -169,6 +169,7 @@ class _LoadTest:
         longest = min(max(cell.length or _TRACED_TOKENS for cell in self._cells), 8192)
         bias = await measure_bias(top, longest, min(self._config.output_tokens, 128), follow=follow)
         self.result.client = bias.model_dump()
+        console.err.print(client_share(self.result.client), highlight=False, soft_wrap=True)
         if bias.ttft_added_p50_ms > _BIAS_LIMIT * bias.true_ttft_ms:
             log.warning(
                 "this client adds %.0f ms to a TTFT of %.0f ms at concurrency %d; try --processes %d",
@@ -217,7 +218,7 @@ def _show(result: RunResult, folder: Path) -> None:
     header = [SUMMARY_HEADER[at] for at in _SHOWN]
     rows = [[row[at] for at in _SHOWN] for row in map(summary_row, result.cells)]
     console.print_table(f"Load test of {result.server['model']}: {result.status}", header, rows)
-    if limits := result.fits.get("limits"):
+    if (limits := result.fits.get("limits")) and limits["by_length"]:
         fitting = [f"{length} tokens: {most or 'none'}" for length, most in limits["by_length"].items()]
         console.err.print(f"requests at once within the limits: {', '.join(fitting)}", highlight=False, soft_wrap=True)
     for alarm in result.alarms:

@@ -50,6 +50,14 @@ def test_each_length_at_the_lowest_load(result: RunResult) -> None:
     assert rows[0][7:9] == ["23.9 MiB", "–"]
 
 
+def test_what_a_server_does_not_tell_is_left_out(result: RunResult) -> None:
+    result.kv = {}
+    header, rows = by_length(result)
+    assert header[-2:] == ["gap, median", "right"]
+    assert {len(row) for row in rows} == {len(header)}
+    assert not {"KV of a request", "fit at once"} & {row[0] for row in against(result, 8192, 61_440)[1]}
+
+
 def test_refused_cells_and_open_loops_are_no_ground(result: RunResult) -> None:
     for one in result.cells[2:4]:
         one.refused = "the prefix cache answered"

@@ -10,6 +10,7 @@ import pytest
 
 from ard_serve.errors import DataError
 from loadtests import plots, redraw
+from loadtests.bias import ClientBias
 from loadtests.config import LoadConfig
 from loadtests.fits import add_fits
 from loadtests.metrics import accuracy, by_depth, distribution
@@ -131,6 +132,29 @@ def test_prompts_of_about_one_length_are_one_series(result: RunResult) -> None:
     assert [drawn.count(f">{name}</text>") for name in ("1K", "2K", "4K")] == [1, 1, 1]
 
 
+def test_costs_are_told_where_two_lengths_were_measured(result: RunResult) -> None:
+    text = read(render(result)).text
+    assert "Each length, one request at a time" in text
+    assert "What 4K tokens cost against 1K, at every load" in text
+    result.cells, result.requests = result.cells[:2], result.requests[:16]
+    assert "What a longer prompt costs" not in render(result)
+
+
+def test_client_states_its_own_share_beside_the_figures(result: RunResult) -> None:
+    assert "this client" not in summary_markdown(result)
+    result.client = ClientBias(concurrency=8, requests=8, ttft_p50_ms=203, ttft_p99_ms=210, mock_ttft_p50_ms=201,
+                               ttft_added_p50_ms=2.5, ttft_added_p99_ms=9, itl_p50_ms=20.2, itl_p99_ms=21, cpu_s=0.1,
+                               rss_bytes=70 << 20).model_dump()  # fmt: skip
+    assert "this client adds 2.5 ms to a first token (p99 9 ms)" in summary_markdown(result)
+    assert "2.5 msof a first token are this client's own, 8 at once" in read(render(result)).text
+
+
+def test_open_loop_has_no_concurrency_that_fits(result: RunResult) -> None:
+    result.cells = [one.model_copy(update={"concurrency": None, "rate": float(one.concurrency or 0)}) for one in result.cells]
+    add_fits(result, LoadConfig(url="http://127.0.0.1:1", ttft_limit_ms=3000))
+    assert "What fits your limits" not in render(result)
+
+
 def test_limits_name_the_longest_and_what_was_the_most_tried(result: RunResult) -> None:
     text = read(render(result)).text
     assert "The longest: 4K with 1 at once." in text
@@ -213,6 +237,7 @@ def test_csv_has_a_row_for_each_cell(result: RunResult) -> None:
     assert rows[0]["cell"] == "1024x1"
     assert float(rows[0]["ttft_ms_p50"]) == pytest.approx(515.5)
     assert rows[0]["accuracy"] == "0.875"
+    assert rows[0]["output_tokens_each_s_p50"] == ""
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -19,7 +18,7 @@ from ard_serve.artifact import Manifest, read_manifest
 from ard_serve.console import progress
 from ard_serve.errors import UsageError
 from restore import data, loading, report
-from restore.evaluation import compare, gate, harness, perplexity, retrieval, sliding, tasks
+from restore.evaluation import compare, gate, harness, perplexity, preflight, retrieval, sliding, tasks
 from restore.evaluation.config import EvalConfig, GateConfig
 from restore.evaluation.haystack import Haystack
 from restore.evaluation.likelihood import Loaded
@@ -55,8 +54,7 @@ def _evaluate(reader: Reader, tokenizer: PreTrainedTokenizerBase, config: EvalCo
     if not config.data:
         raise UsageError("data: name held-out text to measure on; text the model was trained on proves nothing")
     started = time.monotonic()
-    documents = [document.text for document in data.read_documents(config.data)]
-    ids, bos = [_encode(tokenizer, text) for text in documents], data.bos_ids(tokenizer)
+    ids, bos = preflight.encode(tokenizer, config.data), data.bos_ids(tokenizer)
     windows = perplexity.cut_windows(ids, bos, config.lengths, config.windows)
     with progress(f"{name}: perplexity", sum(window.numel() for window in windows.values())) as bar:
         scores, curve = perplexity.measure(reader, windows, bar)
@@ -134,7 +132,8 @@ def evaluate_restoration(restored: Path, base: Path, config: EvalConfig) -> Eval
 
 
 def _measure(candidates: "Sequence[Candidate]", config: EvalConfig) -> EvaluationReport:
-    """Check every folder before hours go into the first, then measure one model at a time."""
+    """Check every folder and task before hours go into the first, then measure one model at a time."""
+    preflight.check_tasks(config)
     for folder in dict.fromkeys(candidate.folder for candidate in candidates):
         loading.inspect(folder)
     return make_report([candidate.measure(config) for candidate in candidates], config)
@@ -233,10 +232,6 @@ def _tasks(reader: Reader, tokenizer: PreTrainedTokenizerBase, config: EvalConfi
         yield from tasks.run_task(reader, tokenizer, path, config.limit, config.shots)
     if config.harness:
         yield from harness.run_harness(reader, tokenizer, config.harness, config.limit)
-
-
-def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> np.ndarray:
-    return np.array(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
 def machine() -> str:

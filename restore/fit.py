@@ -1,7 +1,8 @@
-"""Whether a run fits the memory there is, before it starts; whether sharded; and if neither, what would."""
+"""Whether a run fits the memory there is, before it starts; whether sharded; if neither, what would; and when it ran out."""
 
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import psutil
@@ -10,6 +11,8 @@ import torch
 from ard_serve.errors import ResourceError, UsageError
 from restore.config import RestoreConfig
 from restore.forecast import Forecast, forecast, most_kept
+from restore.inspection import read_config
+from restore.loading import resolve
 from restore.model import Kept
 from restore.parallel import ALONE, World
 from restore.plan import Plan, plan_steps
@@ -19,6 +22,7 @@ from restore.rope import RopePlan
 # Below these, a run would teach nothing worth having.
 _SHORTEST_WINDOW, _LOWEST_RANK = 512, 8
 _PROCESSES = (2, 4, 8, 16)
+_HOST_FULL = "DefaultCPUAllocator: can't allocate memory"
 
 
 def check_memory(
@@ -114,3 +118,23 @@ def _free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     return int(psutil.virtual_memory().available)
+
+
+@contextmanager
+def memory_errors(config: RestoreConfig, device_type: str) -> Iterator[None]:
+    """Turn running out of memory, on the device or the host, into one line that says what to shrink."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        reason = (str(error).splitlines() or ["host memory"])[0]
+        # PyTorch's host allocator has no exception of its own.
+        if isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError) and _HOST_FULL not in reason:
+            raise
+        plan = plan_steps(config, config.plan_rope(read_config(resolve(config.model))))
+        halves = f"--window {plan.window // 2} --long-window {plan.long_window // 2}"
+        keeps = config.recompute == "none" or (config.recompute == "auto" and device_type == "cuda")
+        halves += ", and less with --recompute all" if keeps else ""
+        raise ResourceError(
+            f"out of memory ({reason}) with windows of {plan.window} and {plan.long_window} tokens and rank {config.rank}; "
+            f"about half is needed with {halves}"
+        ) from None

@@ -1,8 +1,7 @@
 """One restoration from end to end: check, load, train, merge, verify, measure, publish."""
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -12,15 +11,16 @@ from torch.nn.functional import linear
 
 from ard_serve import console
 from ard_serve.artifact import DataRecord, Quality, RecipeRecord
-from ard_serve.errors import QualityGateError, ResourceError, UsageError
+from ard_serve.errors import QualityGateError, UsageError
 from restore import checkpoint, metrics, report
 from restore.config import RestoreConfig
 from restore.data import read_documents, split_documents, tokenize, write_documents
 from restore.evaluate import evaluate_restoration, machine
-from restore.evaluation import gate
+from restore.evaluation import gate, preflight
+from restore.evaluation.config import EvalConfig
 from restore.evaluation.results import EvaluationReport
 from restore.export import Assessment, Provenance, Reference, check_room, export
-from restore.fit import check_memory, kept_layers
+from restore.fit import check_memory, kept_layers, memory_errors
 from restore.inspection import read_config
 from restore.loading import Checkpoint, inspect, load, load_tokenizer, resolve
 from restore.model import Kept, TwoFaced
@@ -29,12 +29,11 @@ from restore.plan import plan_steps
 from restore.quantize import is_quantized, quantize
 from restore.retrieval import Weaver
 from restore.rope import RopePlan
-from restore.runfolder import CHECKPOINTS, CONFIG, DATA, HELD_OUT, MODEL, StopSignal, locked
+from restore.runfolder import CHECKPOINTS, CONFIG, DATA, HELD_OUT, MODEL, Stopped, StopSignal, locked
 from restore.trainer import Trainer
 
 _REFERENCE_TOKENS = 256
 _NAMED_FAILURES = 3
-_HOST_FULL = "DefaultCPUAllocator: can't allocate memory"
 _log = logging.getLogger(__name__)
 
 
@@ -56,7 +55,7 @@ def run(config: RestoreConfig) -> int:
     with joined(_device_type(config)) as world, StopSignal() as stop:
         if world.leads:
             return _lead(config, world, stop)
-        with _memory_errors(config):
+        with memory_errors(config, _device_type(config)):
             loaded, trainer = _prepare(config, world)
             state = trainer.train(lambda: stop.received is not None)
             if loaded.faces.shards and state.step == trainer.plan.steps:
@@ -67,16 +66,26 @@ def run(config: RestoreConfig) -> int:
 def _lead(config: RestoreConfig, world: World, stop: StopSignal) -> int:
     with locked(config.out):
         _refuse_overwriting(config)
-        with _memory_errors(config):
+        with memory_errors(config, _device_type(config)):
             loaded, trainer = _prepare(config, world)
             state = trainer.train(lambda: stop.received is not None)
         if stop.received is not None and state.step < trainer.plan.steps:
-            console.err.print(f"stopped by {stop.received.name} at step {state.step} of {trainer.plan.steps}; go on with:")
-            console.err.print(f"ard restore --config {config.out / CONFIG} --resume", soft_wrap=True, highlight=False)
-            return stop.exit_code
+            return _stopped(config, stop, f"at step {state.step} of {trainer.plan.steps}")
         measure = partial(_measure, loaded) if config.evaluate else None
-        _publish(loaded, state.step, state.tokens, config.out / MODEL, measure, machine())
+        try:
+            if not loaded.faces.shards:  # others wait for this process to put the model together, and that is soon done
+                stop.act_at_once()  # all training is saved, and an evaluation can take longer than anyone waits
+            _publish(loaded, state.step, state.tokens, config.out / MODEL, measure, machine())
+        except Stopped:
+            return _stopped(config, stop, f"after the last of {state.step} steps")
     return 0
+
+
+def _stopped(config: RestoreConfig, stop: StopSignal, where: str) -> int:
+    assert stop.received is not None
+    console.err.print(f"stopped by {stop.received.name} {where}; go on with:", soft_wrap=True, highlight=False)
+    console.err.print(f"ard restore --config {config.out / CONFIG} --resume", soft_wrap=True, highlight=False)
+    return stop.exit_code
 
 
 def export_run(folder: Path, out: Path | None, evaluation: Path | None, force: bool = False) -> int:
@@ -92,7 +101,7 @@ def export_run(folder: Path, out: Path | None, evaluation: Path | None, force: b
         raise UsageError(f"{folder}: not a restoration, it has no {CONFIG}; give the OUT of `ard restore`")
     config = RestoreConfig.resolve(folder / CONFIG, {"out": folder, "force": force})
     found = report.read(evaluation) if evaluation else None
-    with locked(folder), _memory_errors(config):
+    with locked(folder), memory_errors(config, _device_type(config)):
         newest = checkpoint.load_newest(folder / CHECKPOINTS)
         if newest is None:
             raise UsageError(f"{folder}: no whole checkpoint to export; run `ard restore --config {folder / CONFIG}` first")
@@ -111,8 +120,7 @@ def _prepare(config: RestoreConfig, world: World) -> tuple[Loaded, Trainer]:
     rope = config.plan_rope(read_config(folder))
     plan = plan_steps(config, rope)
     _log.info("%s: %d tokens to %d, %s", folder, rope.native_window, rope.target_length, rope.rope_type)
-    shape = (plan.steps, plan.step_tokens, plan.short_windows, plan.window, plan.long_windows, plan.long_window)
-    _log.info("%d steps of %d tokens: %d x %d to distil, %d x %d for lm", *shape)
+    _log.info("%s", plan)
     train_documents, held_documents = split_documents(read_documents(config.data), config.validation_share, config.seed)
     settled, needed = check_memory(read_config(folder), rope, config, _device(config), world)
     _log.info("memory: about %s", needed)
@@ -137,6 +145,8 @@ def _prepare(config: RestoreConfig, world: World) -> tuple[Loaded, Trainer]:
         source = ", ".join(config.data)
         record = DataRecord(source=source, documents=train.documents, tokens=len(train.ids), sha256=train.sha256)
         (config.out / DATA).write_text(record.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        if config.evaluate:
+            preflight.check(tokenizer, _evaluation(config, rope))
     return loaded, trainer
 
 
@@ -157,13 +167,15 @@ def _load(config: RestoreConfig, world: World = ALONE) -> Loaded:
 
 def _measure(loaded: Loaded, folder: Path) -> EvaluationReport:
     """Native, stretched and restored on the held-out documents, or on what the config names."""
-    config = loaded.config
+    return evaluate_restoration(folder, loaded.base.folder, _evaluation(loaded.config, loaded.rope))
+
+
+def _evaluation(config: RestoreConfig, rope: RopePlan) -> EvalConfig:
+    """What is measured at the end, every length stated."""
     settings = config.evaluation.model_copy(update={"dtype": config.dtype, "device": config.device})
     if not settings.data:
         settings = settings.model_copy(update={"data": (str(config.out / HELD_OUT),)})
-    return evaluate_restoration(
-        folder, loaded.base.folder, settings.for_target(loaded.rope.target_length, loaded.rope.native_window)
-    )
+    return settings.for_target(rope.target_length, rope.native_window)
 
 
 def _publish(
@@ -211,7 +223,7 @@ def _publish(
         )
 
     provenance = Provenance(config.model, recipe, data)
-    with _memory_errors(config):
+    with memory_errors(config, _device_type(config)):
         export(loaded.base, rope, loaded.faces.adapters.delta, out, provenance, reference=_reference(loaded), assess=assess,
                device="cpu" if loaded.faces.shards or config.quantize else _device(config))  # fmt: skip
     console.out.print(f"restored model: {out}", highlight=False, soft_wrap=True)
@@ -277,24 +289,3 @@ def _device_type(config: RestoreConfig) -> str:
 
 def _dtype(config: RestoreConfig) -> torch.dtype:
     return torch.bfloat16 if config.dtype == "bf16" else torch.float32
-
-
-@contextmanager
-def _memory_errors(config: RestoreConfig) -> Iterator[None]:
-    """Turn running out of memory, on the device or the host, into one line that says what to shrink."""
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        reason = (str(error).splitlines() or ["host memory"])[0]
-        # PyTorch's host allocator has no exception of its own.
-        if isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError) and _HOST_FULL not in reason:
-            raise
-        base = read_config(resolve(config.model))
-        plan = plan_steps(config, config.plan_rope(base))
-        halves = f"--window {plan.window // 2} --long-window {plan.long_window // 2}"
-        keeps = config.recompute == "none" or (config.recompute == "auto" and _device_type(config) == "cuda")
-        halves += ", and less with --recompute all" if keeps else ""
-        raise ResourceError(
-            f"out of memory ({reason}) with windows of {plan.window} and {plan.long_window} tokens and rank {config.rank}; "
-            f"about half is needed with {halves}"
-        ) from None

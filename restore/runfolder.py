@@ -42,6 +42,10 @@ def locked(folder: Path) -> Iterator[None]:
         yield
 
 
+class Stopped(BaseException):
+    """A signal came where nothing is under way that must be finished."""
+
+
 class StopSignal:
     """Notes SIGINT and SIGTERM instead of dying, so that the step under way can finish and be saved.
 
@@ -50,6 +54,13 @@ class StopSignal:
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
+        self._at_once = False
+
+    def act_at_once(self) -> None:
+        """From here on a signal raises Stopped wherever it meets the program, and one that was noted before does now."""
+        self._at_once = True
+        if self.received is not None:
+            raise Stopped
 
     def __enter__(self) -> "StopSignal":
         self._previous = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -62,6 +73,8 @@ class StopSignal:
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received = signal.Signals(number)
         signal.signal(number, self._previous[self.received])
+        if self._at_once:
+            raise Stopped
 
     @property
     def exit_code(self) -> int:

@@ -132,6 +132,30 @@ def test_a_signal_saves_and_the_printed_command_goes_on(
     assert [json.loads(line)["step"] for line in metrics.read_text().splitlines()][: step + 2] == list(range(step + 2))
 
 
+@pytest.mark.fault("R14")
+def test_a_signal_during_the_evaluation_ends_it_and_the_printed_command_goes_on(
+    base: Path, texts: Path, tmp_path: Path
+) -> None:
+    settings = {"evaluation": {"lengths": [128, 512], "windows": 20_000, "needle_samples": 0}}
+    (tmp_path / "long.yaml").write_text(json.dumps(settings))
+    words = [*ARD, "restore", base, "--config", tmp_path / "long.yaml", "--target-length", 512, "--data", texts]
+    words += ["--out", tmp_path / "run", *SMALL]
+    process = subprocess.Popen([str(word) for word in words], stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    while "native: perplexity" not in process.stderr.readline():
+        assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=20)
+    assert process.returncode == 143
+    assert "stopped by SIGTERM after the last of 6 steps" in err
+    assert not list((tmp_path / "run").glob("*model*"))
+    (command,) = [line for line in err.splitlines() if line.startswith("ard restore --config")]
+    ended = ard(*command.split()[1:], "--no-evaluate")
+    assert ended.returncode == 0, ended.stderr
+    assert "resumed at step 6 of 6" in ended.stderr
+    assert (tmp_path / "run" / "model" / "ard-manifest.json").exists()
+
+
 @pytest.mark.fault("R20")
 def test_two_runs_cannot_share_a_folder(base: Path, texts: Path, tmp_path: Path) -> None:
     from restore.runfolder import locked

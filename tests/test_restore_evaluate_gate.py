@@ -1,7 +1,7 @@
 """A result that misses its limits is reported and not published, and a model is served no further than it holds them."""
 
+import math
 from collections.abc import Callable
-from math import log
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ WINDOW = 8192
 def model(name: str, perplexity: dict[int, float], needle: dict[int, float] | None = None, **right: int) -> Evaluation:
     return Evaluation(
         name=name,
-        perplexity=tuple(PerplexityScore(length=n, window_nll=(log(value),)) for n, value in perplexity.items()),
+        perplexity=tuple(PerplexityScore(length=n, window_nll=(math.log(value),)) for n, value in perplexity.items()),
         needles=tuple(NeedleScore(task="single", length=n, depth=0.5, samples=(value,)) for n, value in (needle or {}).items()),
         tasks=tuple(
             TaskScore(name=task, metric="acc", metrics={}, correct=(1,) * count + (0,) * (500 - count))
@@ -48,6 +48,11 @@ def test_lengths_beyond_the_native_window_are_held_to_the_longest_inside() -> No
     assert verdict(NATIVE, model("restored", {2048: 31.0, WINDOW: 39.0, 32768: 30.0})).served_limit == 2048
     assert verdict(NATIVE, model("restored", {2048: 40.0})).served_limit is None
     assert verdict(NATIVE, model("restored", {65536: 43.0}), perplexity=0.4) == Verdict((), 65536)
+
+
+def test_a_perplexity_that_is_no_number_is_above_every_limit() -> None:
+    held = verdict(NATIVE, model("restored", {2048: 31.0, WINDOW: math.nan}))
+    assert held == Verdict((f"perplexity at {WINDOW} = nan, limit 35.20",), 2048)
 
 
 def test_needles_limit_what_is_served_as_well() -> None:
@@ -112,6 +117,26 @@ def run(make_checkpoint: Callable[..., Path], texts: Path, tmp_path_factory: pyt
     }  # fmt: skip
     (out.parent / "settings.yaml").write_text(yaml.safe_dump(settings))
     return out
+
+
+@pytest.mark.parametrize(
+    ("evaluation", "says"),
+    [
+        ({"tasks": ["nowhere"]}, "nowhere: neither a task file nor a folder"),
+        ({"lengths": [64, 100_000]}, "the longest window 100000"),
+        ({"needle_samples": 1, "needle_lengths": [128]}, "a needle prompt of 128 tokens leaves no room"),
+        ({"data": ["nowhere.txt"]}, "nowhere.txt: no such file"),
+    ],
+)
+def test_an_evaluation_that_cannot_be_made_is_refused_before_training(
+    run: Path, tmp_path: Path, evaluation: dict[str, Any], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = yaml.safe_load((run.parent / "settings.yaml").read_text())
+    settings |= {"out": str(tmp_path / "run"), "evaluation": settings["evaluation"] | evaluation}
+    (tmp_path / "settings.yaml").write_text(yaml.safe_dump(settings))
+    assert cli.main(["restore", "--config", str(tmp_path / "settings.yaml")]) == 4
+    assert says in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
 @pytest.mark.fault("E4")

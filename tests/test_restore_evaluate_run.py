@@ -149,6 +149,15 @@ def test_text_shorter_than_a_window_is_refused(base: Path, texts: Path, tmp_path
         evaluate.run(str(base), settings(texts, data=()), tmp_path / "out")
 
 
+def test_tasks_are_read_before_any_model_is(base: Path, texts: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    with pytest.raises(DataError, match="nowhere: neither a task file"):
+        evaluate.run(str(base), settings(texts, tasks=("nowhere",)), tmp_path / "out")
+    with pytest.raises(UsageError, match="lm-eval"):
+        evaluate.run(str(base), settings(texts, harness=("no such task",)), tmp_path / "out")
+    assert "measured in" not in caplog.text
+
+
 def test_one_loaded_model_can_be_measured_as_it_is(base: Path, texts: Path) -> None:
     model, tokenizer = loading.load(base, torch.float32), loading.load_tokenizer(base)
     found = evaluate.evaluate(model, tokenizer, settings(texts, lengths=(64,), needle_samples=0), name="student")

@@ -61,7 +61,8 @@ def _long_failures(
 ) -> Iterator[str]:
     perplexity = restored.scores.perplexity.get(length)
     anchor = _inside(native.scores.perplexity, length, native_window)
-    if perplexity is not None and anchor is not None and perplexity > (most := (1 + limits.perplexity) * anchor):
+    # "Not within", for a perplexity that is no number is above every limit.
+    if perplexity is not None and anchor is not None and not perplexity <= (most := (1 + limits.perplexity) * anchor):
         yield f"perplexity at {length} = {perplexity:.2f}, limit {most:.2f}"
     needle = restored.scores.needle.get(length)
     anchor = _inside(native.scores.needle, length, native_window)

@@ -33,16 +33,9 @@ def run_harness(
         UsageError: lm-eval is not installed, or it knows no such task.
         DataError: a task's data cannot be had.
     """
-    try:
-        from lm_eval import simple_evaluate
-        from lm_eval.tasks import TaskManager
-    except ImportError:
-        raise UsageError(f"harness = {', '.join(names)}: lm-eval is not installed; pip install 'ard-serve[harness]'") from None
-    files = [Path(name) for name in names if name.endswith((".yaml", ".yml"))]
-    manager = TaskManager(include_path=sorted({str(file.parent) for file in files}) or None)
-    wanted = [Path(name).stem if Path(name) in files else name for name in names]
-    if unknown := sorted(set(wanted) - set(manager.all_tasks)):
-        raise UsageError(f"harness: lm-eval knows no task '{unknown[0]}'; `lm-eval ls tasks` lists them")
+    manager, wanted = known(names)
+    from lm_eval import simple_evaluate
+
     try:
         found = simple_evaluate(
             _language_model(reader, tokenizer), tasks=wanted, task_manager=manager, limit=limit, bootstrap_iters=0
@@ -50,6 +43,24 @@ def run_harness(
     except (OSError, ValueError, KeyError) as error:
         raise DataError(f"harness = {', '.join(wanted)}: {' '.join(str(error).split())}") from None
     return [_task_score(name, list(_samples(found, name))) for name in wanted]
+
+
+def known(names: Sequence[str]) -> tuple[Any, list[str]]:
+    """The harness's task manager, and the names by which it knows the tasks.
+
+    Raises:
+        UsageError: lm-eval is not installed, or it knows no such task.
+    """
+    try:
+        from lm_eval import tasks
+    except ImportError:
+        raise UsageError(f"harness = {', '.join(names)}: lm-eval is not installed; pip install 'ard-serve[harness]'") from None
+    files = [Path(name) for name in names if name.endswith((".yaml", ".yml"))]
+    manager = tasks.TaskManager(include_path=sorted({str(file.parent) for file in files}) or None)
+    wanted = [Path(name).stem if Path(name) in files else name for name in names]
+    if unknown := sorted(set(wanted) - set(manager.all_tasks)):
+        raise UsageError(f"harness: lm-eval knows no task '{unknown[0]}'; `lm-eval ls tasks` lists them")
+    return manager, wanted
 
 
 def _samples(found: dict[str, Any], name: str) -> Iterator[dict[str, Any]]:

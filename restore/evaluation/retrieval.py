@@ -34,6 +34,13 @@ def measure(reader: Reader, haystack: Haystack, config: EvalConfig, name: str) -
     return scores
 
 
+def check(haystack: Haystack, config: EvalConfig) -> None:
+    """Make every prompt that `measure` would ask, and ask none; raises what it raises."""
+    for make in _makers(haystack, config).values():
+        for length, depth, sample in product(config.needle_lengths, config.needle_depths, range(config.needle_samples)):
+            make(length, depth, sample)
+
+
 def _makers(haystack: Haystack, config: EvalConfig) -> dict[str, _Maker]:
     makers: dict[str, _Maker] = {
         task: partial(_needle, haystack, task, config.seed) for task in dict.fromkeys(config.needle_tasks)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from restore import plots, report
+from restore.config import Objective
 from restore.evaluation.results import Evaluation, EvaluationReport
 
 Steps = Sequence[dict[str, Any]]
@@ -173,7 +174,7 @@ def _worse(found: EvaluationReport) -> list[str]:
         return []
     rows = report.worsened(found)
     reference = escape(found.models[0].name)
-    listed = "".join(f"<li>{escape(row.what)}: {row.before:.3f} → {row.after:.3f} (p = {row.p_value:.3f})</li>" for row in rows)
+    listed = "".join(f"<li>{escape(report.told(row))}</li>" for row in rows)
     text = f"<ul>{listed}</ul>" if rows else "<p>Nothing that was measured.</p>"
     note = (
         f"Against {reference}, on the same items, by more than chance explains (p below 0.05: McNemar's exact test for tasks, "
@@ -197,12 +198,20 @@ def _training(steps: Steps) -> list[str]:
         axes[1].set_title("divergence from native attention, by layer")
         axes[1].legend()
     rate = sorted(row["tokens_per_s"] for row in trained)[len(trained) // 2]
-    note = (
-        f"{len(trained)} steps at {rate:,.0f} tokens a second. Left, what training minimizes: how far the rows of attention "
-        "(attention) and the predictions of the next word (logits) are from the frozen native model's, and how surprising long "
-        "text is (lm). Right: where in the model the damage was and what is left of it, on held-out text."
-    )
+    minimized = "; ".join(f"{meaning} ({name})" for name, meaning in _OBJECTIVE_NOTES.items() if name in trained[0])
+    right = " Right: where in the model the damage was and what is left of it, on held-out text." if len(layers) > 1 else ""
+    note = f"{len(trained)} steps at {rate:,.0f} tokens a second. Left, what training minimizes: {minimized}.{right}"
     return [_section("Training", note, plots.to_svg(drawing, "Training curves and divergence by layer"))]
+
+
+_OBJECTIVE_NOTES: dict[Objective, str] = {
+    "attention": "how far the rows of attention are from the frozen native model's",
+    "self_relation": "how far queries, keys and values relate otherwise to their own kind than in the frozen native model",
+    "logits": "how far the predictions of the next word are from the native model's",
+    "hidden": "how far its hidden states are from the native model's",
+    "lm": "how surprising long text is",
+    "retrieval": "how surprising the answers to facts are that were woven into long text",
+}
 
 
 def _tables(found: EvaluationReport) -> list[str]:

@@ -13,15 +13,16 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
+from restore.config import Objective
 from restore.evaluation.results import Evaluation, EvaluationReport
 
 # Stand-ins that matplotlib draws with, and the CSS variables they become.
@@ -184,7 +185,7 @@ def needle_map(axes: Axes, model: Evaluation, task: str = "single") -> None:
 
 def training_curves(axes: Axes, steps: Sequence[dict[str, Any]]) -> None:
     """The objectives of every step, and their values on held-out windows as points."""
-    names = [name for name in ("self_relation", "attention", "logits", "hidden", "lm") if any(name in row for row in steps)]
+    names = [name for name in get_args(Objective) if any(name in row for row in steps)]
     for place, name in enumerate(names):
         color = _SERIES[(place + 2) % len(_SERIES)]
         rows = [row for row in steps if name in row]
@@ -207,6 +208,7 @@ def layer_kl(axes: Axes, before: Sequence[float], after: Sequence[float]) -> Non
     axes.plot(layers, after, label="restored", **(_style(2) | {"linestyle": "none"}))
     axes.set_yscale("log")
     axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("layer")
     axes.set_ylabel("KL divergence, nats")
 

@@ -11,9 +11,14 @@ from pydantic import ValidationError
 from ard_serve.artifact import DataRecord, Manifest, RecipeRecord, Scores
 from ard_serve.console import print_table
 from ard_serve.errors import UsageError
+from restore.config import LONG
 from restore.evaluation.results import Comparison, Evaluation, EvaluationReport
 
 _SIGNIFICANT = 0.05
+_PICTURES = (
+    "[report.html](report.html), beside this card, has the same as pictures: perplexity by length and by position, a map of "
+    "the needles by length and depth, training, and what was wrong with each layer before and after."
+)
 _SHORT_MEAN = "mean of the short tasks"
 
 
@@ -116,10 +121,10 @@ def model_card(restoration: Restoration, found: EvaluationReport | None = None, 
     ]
     if found:
         header, rows = score_table(found.models)
-        parts += ["## Before and after", _table(header, rows), _differences(found), how(found)]
+        parts += ["## Before and after", _PICTURES, _table(header, rows), _differences(found), how(found)]
     else:
         parts.append("Nothing was measured on this export; `ard eval` does it.")
-    parts += ["## Use", _use(restoration)]
+    parts += ["## Use", _use(restoration, measured=found is not None)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -155,6 +160,17 @@ def worsened(found: EvaluationReport) -> list[Comparison]:
     return [row for row in found.comparisons if row.model == subject(found).name and _worse(row) and _significant(row)]
 
 
+def told(row: Comparison) -> str:
+    """One figure that changed, in a line."""
+    return f"{row.what}: {row.before:.3f} → {row.after:.3f} (p {_chance(row.p_value)})"
+
+
+def _chance(p_value: float | None) -> str:
+    if p_value is None:
+        return "–"
+    return "< 0.001" if p_value < 0.001 else f"{p_value:.3f}"
+
+
 def _worse(row: Comparison) -> bool:
     return row.after > row.before if row.what.startswith("perplexity") else row.after < row.before
 
@@ -168,10 +184,8 @@ def _differences(found: EvaluationReport) -> str:
     if not rows:
         return ""
     header = ["", rows[0].reference, rows[0].model, "ratio", "p"]
-    body = [
-        [row.what, f"{row.before:.3f}", f"{row.after:.3f}", _cell(row.ratio, ".3f"), _cell(row.p_value, ".3f")] for row in rows
-    ]
-    worse = [f"{row.what} ({row.before:.3f} → {row.after:.3f}, p = {row.p_value:.3f})" for row in worsened(found)]
+    body = [[row.what, f"{row.before:.3f}", f"{row.after:.3f}", _cell(row.ratio, ".3f"), _chance(row.p_value)] for row in rows]
+    worse = [told(row) for row in worsened(found)]
     verdict = f"Worse than {rows[0].reference}, beyond chance: {'; '.join(worse) if worse else 'nothing that was measured'}."
     note = "p: McNemar's exact test on the same items for tasks, a paired bootstrap over windows for perplexity."
     return "\n\n".join([f"### Against {rows[0].reference}, on the same items", _table(header, body), verdict, note])
@@ -182,11 +196,12 @@ def _what_was_done(restoration: Restoration) -> str:
     objectives = ", ".join(f"{name} × {weight:g}" for name, weight in recipe.objectives.items())
     read = f" from {restoration.data.documents} documents ({restoration.data.source})" if restoration.data else ""
     took = f" Training took {duration(restoration.trained_s)}." if restoration.trained_s else ""
+    further = " and to use text beyond them" if LONG & recipe.objectives.keys() else ""
     return (
         f"`{restoration.base_name}` reads {restoration.native_window:,} tokens. Its rotary position embeddings were stretched "
         f"({restoration.rope_type}) to {restoration.target_length:,} tokens, which by itself damages what it could do; it was "
-        f"then taught to attend and predict as it did before. Recipe `{recipe.name}` ({objectives}), {recipe.trainable}, "
-        f"{recipe.steps} steps over {recipe.tokens:,} tokens{read}, seed {recipe.seed}.{took}"
+        f"then taught to attend and predict as it did before{further}. Recipe `{recipe.name}` ({objectives}), "
+        f"{recipe.trainable}, {recipe.steps} steps over {recipe.tokens:,} tokens{read}, seed {recipe.seed}.{took}"
     )
 
 
@@ -203,11 +218,18 @@ def _gate(restoration: Restoration) -> str:
     return "\n".join(["### Limits that were missed", "", *(f"- {failure}" for failure in restoration.failures)])
 
 
-def _use(restoration: Restoration) -> str:
+def _use(restoration: Restoration, measured: bool) -> str:
+    limit, target = restoration.served_limit, restoration.target_length
+    if limit is not None:
+        reach = (
+            f"Up to {limit:,} tokens it meets every limit on perplexity and needles; beyond, it fails one or was not measured."
+        )
+    else:
+        reach = f"It is not shown to be good at any length{'.' if measured else ': nothing was measured.'}"
     return (
-        "config.json carries the stretched RoPE; nothing needs to be set:\n\n```bash\n"
-        f"ard serve DIR          # vLLM behind a gateway, up to {restoration.target_length} tokens\n"
-        "vllm serve DIR         # vLLM alone\n```"
+        f"{reach} config.json carries the stretched RoPE, so nothing needs to be set:\n\n```bash\n"
+        f"ard serve DIR          # vLLM behind a gateway{'' if limit is None else f', up to {limit:,} tokens'}\n"
+        f"vllm serve DIR         # vLLM alone, up to {target:,} tokens, whatever was measured\n```"
     )
 
 
@@ -222,8 +244,16 @@ def how(found: EvaluationReport) -> str:
         "length, over their last 1,024 tokens (half the window below 2,048); windows of every length end at the same places. "
         "Needle: a six-digit number hidden in a book, right when it is the first number the model writes. "
         f"{'Sliding: every token of whole documents, once. ' if slid else ''}"
-        f"Short tasks ± one standard error.{''.join(served)}"
+        f"Short tasks{_items(found)} ± one standard error.{''.join(served)}"
     )
+
+
+def _items(found: EvaluationReport) -> str:
+    counts = {len(task.correct) for model in found.models for task in model.tasks}
+    if not counts:
+        return ""
+    least, most = f"{min(counts):,}", f"{max(counts):,}"
+    return f": {least if least == most else f'{least} to {most}'} items each,"
 
 
 def _task_cell(model: Evaluation, name: str) -> str:

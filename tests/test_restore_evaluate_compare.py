@@ -54,7 +54,7 @@ def test_needles_are_compared_prompt_by_prompt() -> None:
         for name, samples in (("native", (1.0,) * 5), ("restored", (0.0, 1.0, 0.0, 0.0, 0.0)))
     )
     (row,) = compare(found, lost)
-    assert (row.what, row.before, row.after) == ("single at 8", 1.0, 0.2)
+    assert (row.what, row.before, row.after) == ("needles (single) at 8", 1.0, 0.2)
     assert row.p_value is not None
     assert row.p_value < 0.01
 

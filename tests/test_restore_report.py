@@ -63,8 +63,8 @@ def steps() -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = [{"step": 0, "tokens": 0, "validation": {"attention": 0.2, "layer_kl": [0.3, 0.2, 0.1]}}]
     rows += [
         {
-            "step": number, "loss": 1.0, "attention": 0.2 / number, "lm": 3.0, "layer_kl": [0.1] * 3, "grad_norm": 1.0,
-            "seconds": 30.0, "tokens_per_s": 777.0, "peak_memory_bytes": 3 << 30,
+            "step": number, "loss": 1.0, "attention": 0.2 / number, "lm": 3.0, "retrieval": 2.0, "layer_kl": [0.1] * 3,
+            "grad_norm": 1.0, "seconds": 30.0, "tokens_per_s": 777.0, "peak_memory_bytes": 3 << 30,
         }
         for number in range(1, 11)
     ]  # fmt: skip
@@ -150,6 +150,9 @@ def test_the_headline_says_what_was_kept_and_what_it_cost(
     assert "4,096 tokens served longest length that meets every limit" in text
     assert "3.0 GiB at most, NVIDIA H200" in text
     assert "divergence from native attention, by layer" in text
+    assert text.count("retrieval") == 2, "in the plot's legend and in what explains it"
+    assert "woven into long text (retrieval). Right: where" in text
+    assert "(logits)" not in text, "what was not trained is not explained"
 
 
 def test_what_got_worse_is_said_and_what_is_chance_is_not(found: EvaluationReport, tmp_path: Path) -> None:
@@ -157,8 +160,9 @@ def test_what_got_worse_is_said_and_what_is_chance_is_not(found: EvaluationRepor
     assert {"lambada", "piqa"} <= worse
     assert all(row.model == "restored" for row in report.worsened(found))
     markdown, html = write(tmp_path, found)
-    assert "lambada (0.600 → 0.470, p = 0.000)" in markdown
-    assert "lambada: 0.600 → 0.470" in Text(html).text
+    assert "lambada: 0.600 → 0.470 (p < 0.001)" in markdown
+    assert "lambada: 0.600 → 0.470 (p < 0.001)" in Text(html).text
+    assert "Short tasks: 100 items each, ± one standard error" in markdown
     same = evaluate.make_report(
         [found.models[0], found.models[0].model_copy(update={"name": "restored"})], EvalConfig(data=("x",))
     )
@@ -211,8 +215,23 @@ def test_the_model_card_tells_what_was_done(found: EvaluationReport, restoration
     assert f"{found.models[2].scores.perplexity[8192]:.2f}" in card
     assert "--force" not in card
     assert "Training took" not in card
+    assert "[report.html](report.html)" in card
+    assert "as it did before and to use text beyond them" in card
+    repaired = replace(restoration, recipe=restoration.recipe.model_copy(update={"objectives": {"attention": 1.0}}))
+    assert "as it did before. Recipe" in report.model_card(repaired, found)
     assert "Training took 2 minutes." in report.model_card(replace(restoration, trained_s=140.0), found)
     assert (report.duration(40), report.duration(7200)) == ("40 seconds", "2.0 hours")
+
+
+def test_the_card_promises_no_more_than_what_was_measured(found: EvaluationReport, restoration: report.Restoration) -> None:
+    card = report.model_card(replace(restoration, served_limit=4096), found)
+    assert "Up to 4,096 tokens it meets every limit" in card
+    assert "gateway, up to 4,096 tokens" in card
+    assert "alone, up to 8,192 tokens, whatever was measured" in card
+    assert "not shown to be good at any length." in report.model_card(restoration, found)
+    unmeasured = report.model_card(restoration)
+    assert "not shown to be good at any length: nothing was measured." in unmeasured
+    assert "report.html" not in unmeasured
 
 
 def test_a_forced_or_unmeasured_export_says_so(found: EvaluationReport, restoration: report.Restoration) -> None:

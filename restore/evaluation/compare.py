@@ -2,9 +2,11 @@
 
 import math
 from collections.abc import Sequence
+from typing import get_args
 
 import numpy as np
 
+from restore.evaluation.config import NeedleTask
 from restore.evaluation.results import Comparison, Evaluation, TaskScore
 
 _BOOTSTRAP_DRAWS = 10_000
@@ -67,8 +69,12 @@ def compare(reference: Evaluation, model: Evaluation) -> list[Comparison]:
         if len(before_samples) == len(after_samples) > 0:
             p_value = paired_bootstrap(before_samples, after_samples) if len(before_samples) > 1 else None
             means = reference.needle(length, task), model.needle(length, task)
-            result.append(_row(reference, model, f"{task} at {length}", *means, p_value))
+            result.append(_row(reference, model, _name(task, length), *means, p_value))
     return result
+
+
+def _name(task: str, length: int) -> str:
+    return f"needles ({task}) at {length}" if task in get_args(NeedleTask) else f"{task} at {length}"
 
 
 def _row(reference: Evaluation, model: Evaluation, what: str, before: float, after: float, p_value: float | None) -> Comparison:

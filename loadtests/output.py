@@ -3,6 +3,7 @@
 import csv
 import io
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -81,17 +82,19 @@ def cells_csv(result: RunResult) -> str:
     return out.getvalue()
 
 
-SUMMARY_HEADER = ("length", "load", "n", "TTFT p50", "TTFT p99", "ITL p50", "ITL p99", "E2E p50", "tok/s", "good req/s",
-                  "right", "KV needed", "KV", "preempted")  # fmt: skip
+SUMMARY_HEADER = ("length", "load", "n", "TTFT p50", "TTFT p99", "ITL p50", "ITL p99", "E2E p50", "scheduled p99", "tok/s",
+                  "good req/s", "right", "KV needed", "KV", "preempted")  # fmt: skip
 
 
-def summary_row(cell: CellResult) -> list[str]:
+def _summary_row(cell: CellResult) -> list[str]:
     """A cell as people read it; a refused cell shows no figure."""
     load = str(cell.concurrency) if cell.concurrency else f"{cell.rate:g}/s" if cell.rate else "trace"
     head = [str(cell.length or "trace"), load, str(cell.requests)]
     if cell.refused:
         return [*head, *["refused"] * (len(SUMMARY_HEADER) - len(head))]
-    latencies = ((cell.ttft_ms, "p50"), (cell.ttft_ms, "p99"), (cell.itl_ms, "p50"), (cell.itl_ms, "p99"), (cell.e2e_ms, "p50"))
+    latencies = ((cell.ttft_ms, "p50"), (cell.ttft_ms, "p99"), (cell.itl_ms, "p50"), (cell.itl_ms, "p99"), (cell.e2e_ms, "p50"),
+                 # In a closed loop it is the time to the last token again.
+                 (cell.scheduled_ms if cell.concurrency is None else None, "p99"))  # fmt: skip
     memory = cell.memory
     return [
         *head,
@@ -101,6 +104,13 @@ def summary_row(cell: CellResult) -> list[str]:
         *("–" if share is None else f"{share:.0%}" for share in (memory.predicted_kv, memory.observed_kv)),
         "–" if memory.preemptions is None else str(memory.preemptions),
     ]
+
+
+def summary_table(cells: Sequence[CellResult], wanted: Sequence[str] = SUMMARY_HEADER) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of the wanted columns, less those that say nothing of any cell."""
+    every = [dict(zip(SUMMARY_HEADER, _summary_row(cell), strict=True)) for cell in cells]
+    told = [name for name in wanted if not every or any(row[name] != "–" for row in every)]
+    return told, [[row[name] for name in told] for row in every]
 
 
 def client_share(client: dict[str, Any]) -> str:
@@ -116,6 +126,7 @@ def client_share(client: dict[str, Any]) -> str:
 
 def summary_markdown(result: RunResult) -> str:
     """The cells as a Markdown table, with what a reader must know beside it."""
+    header, rows = summary_table(result.cells)
     lines = [
         f"# Load test of {result.server.get('model', '?')}: {result.status}",
         "",
@@ -125,9 +136,9 @@ def summary_markdown(result: RunResult) -> str:
         "",
         *(f"- **{alarm}**" for alarm in result.alarms),
         *([""] if result.alarms else []),
-        "| " + " | ".join(SUMMARY_HEADER) + " |",
-        "|" + "---|" * len(SUMMARY_HEADER),
-        *("| " + " | ".join(summary_row(cell)) + " |" for cell in result.cells),
+        "| " + " | ".join(header) + " |",
+        "|" + "---|" * len(header),
+        *("| " + " | ".join(row) + " |" for row in rows),
     ]
     return "\n".join(lines) + "\n"
 

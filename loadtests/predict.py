@@ -77,13 +77,13 @@ def run(config: PredictConfig) -> int:
     found = predict(config)
     shape = found.shape
     rows = [
-        (short_count(length), short_bytes(_request_bytes(shape, length + config.output_tokens)), count, count + 1)
+        (short_count(length), short_bytes(_request_bytes(shape, length + config.output_tokens)), f"{count:,}", f"{count + 1:,}")
         for length, count in found.fits.items()
     ]
     per_token = f"{shape.bytes_per_token:,} bytes of KV per token ({shape.kind})"
     title = (
         f"{config.model.name}: {per_token}, {short_bytes(found.pool_bytes)} of {config.gpu_memory} for it after "
-        f"{short_bytes(found.weights_bytes)} of weights; longest request {short_count(found.longest_tokens)} tokens"
+        f"{short_bytes(found.weights_bytes)} of weights; it would hold {found.longest_tokens:,} tokens of one request"
     )
     console.print_table(title, ("prompt", "KV of a request", "fit at once", "waits or preempts from"), rows)
     if shape.state_layers:

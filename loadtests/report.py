@@ -7,7 +7,7 @@ from ard_serve.errors import UsageError
 from loadtests import capacity, cost, plots
 from loadtests.grids import grid, percentile, shown_length
 from loadtests.metrics import accuracy
-from loadtests.output import SUMMARY_HEADER, summary_row
+from loadtests.output import summary_table
 from loadtests.page import Shade, card, facts, heat, page, rows, text, tile
 from loadtests.records import CellResult, Distribution, RunResult
 from loadtests.units import short_bytes, short_length, short_ms, short_number
@@ -192,7 +192,7 @@ def _all_figures(result: RunResult) -> str:
                              ("good requests, by second", cell.good_requests_each_s)):  # fmt: skip
             if values and not cell.refused:
                 spread.append([cell.cell, name, *_spread(values, short_number)])
-    summary = rows(SUMMARY_HEADER, [summary_row(cell) for cell in result.cells])
+    summary = rows(*summary_table(result.cells))
     detail = rows(("cell", "figure", "n", "mean", "p50", "p90", "p99", "max"), spread)
     outcomes = facts([(c.cell, ", ".join(f"{n} {k}" for k, n in c.outcomes.items())) for c in result.cells])
     graded = [[c.cell, str(c.accuracy.n), str(c.accuracy.right), f"{c.accuracy.rate:.0%}", f"{c.accuracy.low:.0%} to "

@@ -26,7 +26,7 @@ from loadtests.config import LoadConfig
 from loadtests.engine import EngineMetrics, Snapshot
 from loadtests.kv_report import describe_kv
 from loadtests.machine import commit, describe_machine
-from loadtests.output import SUMMARY_HEADER, client_share, summary_row, unwritable, write_result, write_tables
+from loadtests.output import client_share, summary_table, unwritable, write_result, write_tables
 from loadtests.prompts import PromptMaker
 from loadtests.records import CellResult, RequestRecord, RunResult
 from loadtests.scenario import Cell, plan, schedule
@@ -42,7 +42,7 @@ _BIAS_LIMIT = 0.1
 # At what the client is checked where the plan does not say how much will be in flight, or how long.
 _OPEN_LOOP_STREAMS, _TRACED_TOKENS = 32, 1024
 # What a terminal of 80 columns has room for.
-_SHOWN = tuple(map(SUMMARY_HEADER.index, ("length", "load", "TTFT p50", "TTFT p99", "ITL p99", "tok/s", "right", "KV")))
+_SHOWN = ("length", "load", "TTFT p50", "TTFT p99", "ITL p99", "scheduled p99", "tok/s", "right", "KV")
 
 
 def run(config: LoadConfig) -> int:
@@ -215,8 +215,7 @@ def _say(cell: CellResult) -> None:
 
 def _show(result: RunResult, folder: Path) -> None:
     """The table of a finished run on stdout, the alarms and the paths on stderr."""
-    header = [SUMMARY_HEADER[at] for at in _SHOWN]
-    rows = [[row[at] for at in _SHOWN] for row in map(summary_row, result.cells)]
+    header, rows = summary_table(result.cells, _SHOWN)
     console.print_table(f"Load test of {result.server['model']}: {result.status}", header, rows)
     if (limits := result.fits.get("limits")) and limits["by_length"]:
         fitting = [f"{length} tokens: {most or 'none'}" for length, most in limits["by_length"].items()]

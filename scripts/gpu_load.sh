@@ -6,7 +6,10 @@
 # On a machine that allows ten minutes a command, is bare at first and reached by copies alone, with COMMIT=$(git rev-parse HEAD):
 #   scripts/gpu_load.sh MODEL $OUT engine bare         start vLLM (2.5 minutes when cold), then a grid of four minutes at most
 #   scripts/gpu_load.sh MODEL $OUT engine gateway      the engine again if the machine has changed, then the same grid
-# and here:  ard loadtest --compare bare.json gateway.json;  ard loadtest --redraw FOLDER  for the page of FOLDER/result.json
+# and here, with the files that came back as docs/results/load-h100-bare.json, load-h100.json (the gateway) and load-h100-compare.json:
+#   ard loadtest --redraw docs/results/load-h100.json      the page docs/results/load-h100.html
+#   python -m scripts.load_tables                          the tables of docs/loadtests.md, 60K against 8K among them
+#   ard loadtest --compare docs/results/load-h100-bare.json docs/results/load-h100.json --out docs/results/load-h100-compare.json
 # The engine runs in a session of its own, so that it outlives a call; it ends with the machine, or by: kill $(cat WORK/engine.pid)
 # OUT gets bare.json, gateway.json, compare.json and log.txt; of a grid that was interrupted, what it had. A step that fails ends
 # the script with its code; a regression (exit 7 of compare) is a result and does not. vLLM and what our own packages lack there
@@ -53,7 +56,7 @@ measure() { # URL NAME; a grid that is interrupted leaves what it has, and its r
   local code=0
   ard loadtest "$1" --model-dir "$model" --lengths "${lengths[@]}" --concurrencies "${loads[@]}" \
     --requests-per-cell "${REQUESTS:-8}" --output-tokens "${OUTPUT_TOKENS:-64}" --time-limit-s "${GRID_LIMIT_S:-240}" \
-    --ttft-limit-ms 2000 --metrics-url "$engine" --no-report --out "$work/$2" || code=$?
+    --ttft-limit-ms 2000 --itl-limit-ms 50 --accuracy-limit 0.9 --metrics-url "$engine" --no-report --out "$work/$2" || code=$?
   cp "$work/$2/result.json" "$out/$2.json" || code=1
   return "$code"
 }

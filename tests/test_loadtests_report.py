@@ -220,7 +220,7 @@ def test_refused_cell_shows_no_figure(result: RunResult) -> None:
     add_fits(result, LoadConfig(url="http://127.0.0.1:1"))
     assert "the prefix cache answered 5 of 10" in read(render(result)).text
     row = next(line for line in summary_markdown(result).splitlines() if line.startswith("| 1024 | 1 |"))
-    assert row.count("refused") == 11
+    assert row.count("refused") == 12
     assert result.fits["ttft"] is None, "two lengths are left"
 
 

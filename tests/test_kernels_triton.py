@@ -5,10 +5,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from restore.kernels import triton_backend
+from restore.kernels import cross_relation_kl, triton_backend
 from restore.kernels.documents import Spans, spans_of_lengths, spans_of_mask
 from restore.kernels.reference import relation_rows
 from restore.kernels.sampling import sample_rows, take_rows
@@ -56,7 +57,7 @@ def _check(
     eager, eager_gradients = dense(q_s.dtype)
     # A kernel keeps one log-sum-exp a row and computes the logit anew. Each is rounded to fp32, so a probability is off by
     # the share `rounding` for either, in student and teacher; in a self-relation a token is both row and column.
-    rounding = 2**-24 * max(float(lse[lse.isfinite()].abs().max()) for lse in (lse_s, lse_t))
+    rounding = 2**-24 * max(float(lse.masked_fill(lse.isinf(), 0).abs().max()) for lse in (lse_s, lse_t))
     spread = max(SCALES) * float((upstream[..., None] * q_s.float()).norm())
     _no_worse(kl, eager, truth, 2 * rounding * truth.numel() ** 0.5)
     for gradient, eager_gradient, true_gradient in zip(ours, eager_gradients, true_gradients, strict=True):
@@ -88,6 +89,13 @@ def test_half_precision(dtype: torch.dtype) -> None:
     _check(_pair(1, 4, 130, 64, dtype), _pair(1, 2, 130, 64, dtype))
 
 
+@pytest.mark.parametrize("channels", [80, 96, 112])
+def test_half_precision_of_odd_head_sizes_in_documents(channels: int) -> None:
+    spans = spans_of_lengths(torch.tensor([0, 1, 37, 95], device=DEVICE), 100)
+    _check(_pair(1, 2, 100, channels, torch.float16), None, spans)
+    _check(_pair(1, 2, 100, channels, torch.float16), _pair(1, 1, 100, channels, torch.float16), spans, rows=33)
+
+
 @pytest.mark.parametrize("groups", [1, 2, 6])
 @pytest.mark.parametrize("tokens", [1, 63, 150])
 def test_attention_rows(groups: int, tokens: int) -> None:
@@ -109,6 +117,17 @@ def test_padding(name: str) -> None:
     spans = _masks()[name]
     _check(_pair(3, 1, 150, 16, torch.float32), None, spans)
     _check(_pair(3, 2, 150, 16, torch.float32), _pair(3, 1, 150, 16, torch.float32), spans)
+
+
+def test_nothing_but_padding_counts_for_nothing() -> None:
+    student, teacher = _pair(2, 2, 70, 16, torch.float32)
+    for rows in (None, 9):
+        spans = spans_of_mask(torch.zeros(2, 70, dtype=torch.bool, device=DEVICE))
+        _check((student, teacher), (student[:, :1], teacher[:, :1]), spans, rows)
+    kl, lse_s, lse_t = triton_backend.forward(student, student, teacher, teacher, SCALES, spans, None)
+    gradient = triton_backend.self_backward(torch.ones_like(kl), student, teacher, lse_s, lse_t, SCALES, spans)
+    assert not kl.any()
+    assert not gradient.any()
 
 
 def test_packed_documents() -> None:
@@ -163,12 +182,79 @@ def test_nan_and_inf_are_not_hidden(poison: float) -> None:
     assert not gradient[0, 1, 40].isfinite().any()
 
 
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_a_key_that_is_not_finite_spoils_the_rows_that_see_it_and_no_others(poison: float) -> None:
+    (q_s, q_t), (k_s, k_t) = _pair(1, 4, 70, 16, torch.float32), _pair(1, 2, 70, 16, torch.float32)
+    k_t[0, 1, 40, 3] = poison
+    kl, lse_s, lse_t = triton_backend.forward(q_s, k_s, q_t, k_t, SCALES, None, None)
+    assert kl[0, :2].isfinite().all()
+    assert kl[0, 2:, :40].isfinite().all()
+    assert not kl[0, 2:, 40:].isfinite().all(1).any()
+    dq, dk = triton_backend.backward(torch.ones_like(kl), q_s, k_s, q_t, k_t, lse_s, lse_t, SCALES, None, None)
+    assert dq[0, :2].isfinite().all()
+    assert dk[0, 0].isfinite().all()
+    assert not dk[0, 1].isfinite().all()
+
+
 def test_strides_are_taken_as_they_are_and_only_scattered_channels_copied() -> None:
     side_by_side = _pair(1, 2, 40, 16, torch.float32)
     assert not side_by_side[0].is_contiguous()
     assert all(ours is theirs for ours, theirs in zip(unit_stride(*side_by_side), side_by_side, strict=True))
     scattered = tuple(x.transpose(2, 3).contiguous().transpose(2, 3) for x in side_by_side)
     _check((scattered[0], scattered[1]), None)
+
+
+def test_heads_that_share_memory_and_slices_of_longer_tensors() -> None:
+    """Strides of 0 (one head shown as many) and of more than the shape, in queries, keys and row gradients."""
+    query, key = _pair(1, 1, 90, 16, torch.float32), _pair(1, 2, 90, 16, torch.float32)
+    shared = tuple(x[:, :, 10:80].expand(1, 4, 70, 16) for x in query)
+    sliced = tuple(x[:, :, 10:80] for x in key)
+    _check((shared[0], shared[1]), (sliced[0], sliced[1]))
+    _check((shared[0], shared[1]), None)
+
+
+def test_repeats_give_the_same_bits() -> None:
+    spans = spans_of_lengths(torch.tensor([0, 30, 95], device=DEVICE), 100)
+    (q_s, q_t), (k_s, k_t) = _pair(1, 2, 100, 16, torch.float16), _pair(1, 1, 100, 16, torch.float16)
+    upstream = torch.randn(1, 2, 100, device=DEVICE)
+    first: list[Tensor] = []
+    for _ in range(250 if DEVICE == "cuda" else 3):
+        rows = triton_backend.forward(q_s, k_s, q_t, k_t, SCALES, spans, None)
+        gradients = triton_backend.backward(upstream, q_s, k_s, q_t, k_t, *rows[1:], SCALES, spans, None)
+        own = triton_backend.self_backward(upstream, q_s, q_t, *rows[1:], SCALES, spans)
+        first = first or [*rows, *gradients, own]
+        assert all(torch.equal(again, once) for again, once in zip((*rows, *gradients, own), first, strict=True))
+
+
+@pytest.mark.parametrize("rows", [None, 20])
+def test_the_public_function_over_these_kernels_compiles_checkpoints_and_autocasts(
+    rows: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The operators as on a GPU: without one, the same kernels run in the interpreter behind them."""
+    monkeypatch.setattr("restore.kernels.ops._backend", lambda _: triton_backend)
+    (q_s, q_t), (k_s, k_t) = _pair(2, 2, 40, 16, torch.float32), _pair(2, 1, 40, 16, torch.float32)
+    leaves = [x.contiguous().requires_grad_() for x in (q_s, k_s)]
+    mask = torch.arange(40, device=DEVICE) >= torch.tensor([[0], [23]], device=DEVICE)
+
+    def loss(q: Tensor, k: Tensor) -> Tensor:
+        generator = torch.Generator(DEVICE).manual_seed(0) if rows and not torch.compiler.is_compiling() else None
+        return cross_relation_kl(q, k, q_t, k_t, mask_BT=mask, rows=rows, generator=generator)
+
+    plain = loss(*leaves)
+    again = checkpoint(loss, *leaves, use_reentrant=False)
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")(*leaves)
+    assert torch.equal(again, plain)
+    gradients = [torch.autograd.grad(each, leaves) for each in (plain, again, compiled)]
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(gradients[0], gradients[1], strict=True))
+    if rows is None:  # else other rows are drawn
+        assert torch.equal(compiled, plain)
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(gradients[0], gradients[2], strict=True))
+    with torch.autocast(DEVICE, dtype=torch.float16):
+        low = loss(*leaves)
+    halves = [x.half() for x in (*leaves, q_t, k_t)]
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    assert torch.equal(low, cross_relation_kl(*halves, mask_BT=mask, rows=rows, generator=generator))
+    assert all(gradient.dtype == torch.float32 for gradient in torch.autograd.grad(low, leaves))
 
 
 class _Kernel:
@@ -214,6 +300,16 @@ def test_large_logits_stay_finite() -> None:
     torch.testing.assert_close(rows[0].double(), truth, rtol=1e-4, atol=1e-2)
     gradient = triton_backend.self_backward(torch.ones_like(rows[0]), student * 30, teacher * 30, *rows[1:], SCALES, None)
     assert gradient.isfinite().all()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU with 40 GB")
+@pytest.mark.gpu
+def test_tensors_past_2_31_elements() -> None:
+    from restore.kernels.bench import check_offsets
+
+    found = check_offsets()
+    assert found["elements"] > 2**31
+    assert found["last_head_bit_equal"]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9, reason="needs a Hopper GPU")

@@ -35,12 +35,13 @@ def settings(**values: Any) -> RestoreConfig:
 def make_trainer(make_checkpoint: Callable[..., Path], tmp_path: Path) -> Callable[..., Trainer]:
     """A trainer over a fresh copy of the same tiny model; the text is a repeated pattern, so that it can be learnt."""
 
-    def make(folder: str = "run", weaver: Weaver | None = None, **values: Any) -> Trainer:
+    def make(folder: str = "run", weaver: Weaver | None = None, changed: str = "", **values: Any) -> Trainer:
         base = make_checkpoint("llama3")
         config = settings(**values)
         rope = plan_rope(json.loads((base / "config.json").read_text()), config.target_length, config.rope_type)
         faces = TwoFaced(load(base, torch.float32), rope, config)
         pattern = np.tile(np.arange(17, dtype=np.int32) * 13 % 251, 200)
+        pattern[{"train data": 7, "validation data": -7}.get(changed, slice(0))] = 250
         train, held = TokenStream(pattern[:2400], 3), TokenStream(pattern[2400:], 1)
         return Trainer(faces, config, rope, train, held, tmp_path / folder, weaver=weaver)
 
@@ -210,6 +211,21 @@ def test_resuming_with_other_settings_is_refused_with_the_difference(make_traine
         make_trainer("run", resume=True, learning_rate=0.02).train()
 
 
+@pytest.mark.fault("R16")
+@pytest.mark.parametrize("what", ["train data", "validation data", "threads"])
+def test_resuming_on_other_data_or_threads_is_refused(make_trainer: Callable[..., Trainer], what: str) -> None:
+    make_trainer("run").train()
+    threads = torch.get_num_threads()
+    try:
+        if what == "threads":
+            torch.set_num_threads(threads + 1)
+        resumed = make_trainer("run", resume=True, changed=what)
+        with pytest.raises(UsageError, match=rf"resume: {what} is .*, the checkpoint was made with .*--resume-changed"):
+            resumed.train()
+    finally:
+        torch.set_num_threads(threads)
+
+
 def test_resuming_with_other_settings_goes_on_when_told_to(
     make_trainer: Callable[..., Trainer], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -234,6 +250,19 @@ def test_a_non_finite_loss_changes_no_weight_and_keeps_the_batch(make_trainer: C
     assert "--learning-rate" in str(refusal.value)
     with pytest.raises(NumericsError, match="validation after step 0: loss nan"):
         trainer.train()
+
+
+@pytest.mark.fault("R17")
+def test_a_gradient_that_is_not_finite_changes_no_weight(make_trainer: Callable[..., Trainer], tmp_path: Path) -> None:
+    """The loss itself is finite: its weight is so large that the squares of its gradients are not."""
+    trainer = make_trainer(objectives={"logits": 1e30})
+    (tmp_path / "run").mkdir()
+    before = weights_of(trainer)
+    with pytest.raises(NumericsError, match=r"step 1: loss \d.*gradient norm inf; the weights were not changed") as refusal:
+        trainer.step()
+    assert refusal.value.exit_code == 6
+    assert equal(weights_of(trainer), before)
+    assert (tmp_path / "run" / "bad-batch-step-1.json").exists()
 
 
 @pytest.mark.fault("R18")

@@ -256,6 +256,8 @@ def _check_structured_output(fields: dict[str, Any], limits: CallLimits) -> None
             raise bad_request(f"{name} is {size_bytes} bytes; the limit is {limits.max_schema_bytes}", name)
         if (repeats := max(_repeats(value), default=0)) > _MAX_REPEATS:
             raise bad_request(f"{name} asks for {repeats} repetitions; the limit is {_MAX_REPEATS}", name)
+        if name in ("response_format", "structured_outputs") and value != {"type": "text"} and fields.get("ignore_eos"):
+            raise bad_request(f"ignore_eos does not go with {name}, whose grammar says where to end; remove one", "ignore_eos")
 
 
 def _repeats(node: Any) -> Iterator[int]:

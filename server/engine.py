@@ -14,7 +14,7 @@ from server.config import ServeConfig
 
 log = logging.getLogger("server.engine")
 
-_LOG_TAIL_LINES = 200
+_LOG_TAIL_LINES = 1000  # a failed start writes several tracebacks after the one that tells
 _ERROR_LINE = re.compile(r"(?:[Ee]rror|Exception)[:,] (.+)")
 _NOT_THE_CAUSE = re.compile(r" (?:INFO|WARNING) |root cause above")
 

@@ -128,7 +128,7 @@ class Exchange(Response):
                     if self.call.stream and answer.status == 200:
                         await self._relay(answer, engine, ticket, send)
                     else:
-                        await self._forward(answer, ticket, send)
+                        await self._forward(answer, engine, ticket, send)
             except UpstreamError:
                 engine.suspect()  # before the slot is free: the next in the queue must not run into the same engine
                 raise
@@ -137,9 +137,13 @@ class Exchange(Response):
                 self.caller.charge(kv_token_seconds)
                 self._services.metrics.kv_token_seconds.labels(self.caller.name).inc(kv_token_seconds)
 
-    async def _forward(self, answer: Connection, ticket: Ticket, send: Send) -> None:
+    async def _forward(self, answer: Connection, engine: Watch, ticket: Ticket, send: Send) -> None:
         body = await answer.read()
         if answer.status >= 500:
+            engine.suspect()
+            if await engine.is_alive():
+                message = "the engine gave this request up and goes on with others; the same request may fail again"
+                raise ApiError(500, message, "engine_error")
             raise UpstreamError(f"status {answer.status}")
         self._first_event(ticket)
         self.outcome = "ok" if answer.status < 400 else "refused_by_engine"

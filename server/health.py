@@ -1,6 +1,8 @@
 """What the probes say: live as long as the process runs, ready when the engine has just proved that it generates."""
 
 import asyncio
+import math
+import time
 from enum import StrEnum
 
 from server.errors import ApiError, unavailable
@@ -21,6 +23,7 @@ class Health:
     def __init__(self) -> None:
         self.phase = Phase.LOADING
         self.reason = "starting"
+        self.ready_at = -math.inf  # of the monotonic clock, when it was last found ready
         self._first_ready = asyncio.Event()
 
     @property
@@ -45,6 +48,7 @@ class Health:
         self._enter(Phase.LOADING, reason)
 
     def ready(self) -> None:
+        self.ready_at = time.monotonic()
         self._first_ready.set()
         self._enter(Phase.READY, "ok")
 

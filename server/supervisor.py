@@ -35,6 +35,7 @@ class Supervisor:
         while True:
             self.watch.health.loading("the engine is loading the model")
             self._spec.socket.unlink(missing_ok=True)
+            started_at = time.monotonic()
             self._engine = await Engine.start(self._spec)
             problem = await self._attend(self._engine)
             was_ready = self.watch.health.was_ready
@@ -43,11 +44,12 @@ class Supervisor:
             if not was_ready:
                 raise EngineDiedError(f"the engine never became ready: {problem}")
             deaths.append(time.monotonic())
-            while deaths[0] < deaths[-1] - _RESTART_WINDOW_S:
-                deaths.popleft()
+            if self.watch.health.ready_at > started_at:  # one that never is, however long it takes, must not go on for ever
+                while deaths[0] < deaths[-1] - _RESTART_WINDOW_S:
+                    deaths.popleft()
             if len(deaths) > self._config.max_restarts:
                 raise EngineDiedError(
-                    f"the engine died {len(deaths)} times in {_RESTART_WINDOW_S // 60} minutes, the limit is "
+                    f"the engine died {len(deaths)} times in {(deaths[-1] - deaths[0]) / 60:.0f} minutes, the limit is "
                     f"{self._config.max_restarts} restarts (--max-restarts); last: {problem}"
                 )
             backoff_s = self._config.restart_backoff_s * 2 ** (len(deaths) - 1)
@@ -67,7 +69,8 @@ class Supervisor:
         try:
             await asyncio.wait({ended, watch}, return_when=asyncio.FIRST_COMPLETED)
             if watch.done():
-                return watch.result()
+                problem = watch.result()
+                return problem if self.watch.health.was_ready else f"{problem}; last in its log: {engine.reason()}"
             await asyncio.sleep(_LAST_WORDS_S)  # they are still in the pipe
             return f"it ended with exit code {ended.result()}: {engine.reason()}"
         finally:

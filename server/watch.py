@@ -57,6 +57,13 @@ class Watch:
         self.ledger.close()
         self._suspect.set()
 
+    async def is_alive(self) -> bool:
+        """Whether the engine says so itself: one that has died does not, one that hangs may."""
+        with contextlib.suppress(TimeoutError, UpstreamError):
+            async with asyncio.timeout(_SCRAPE_TIMEOUT_S):
+                return (await self.upstream.call("GET", "/health"))[0] == 200
+        return False
+
     def heard(self) -> None:
         """The engine has sent something."""
         self._last_event_at = time.monotonic()
@@ -157,8 +164,7 @@ class Watch:
                     self._finite_canary = False  # and so its logprob could not be written as JSON
                     return None, False
                 if status != 200:
-                    health_status, _ = await self.upstream.call("GET", "/health")
-                    return f"the canary got status {status}", health_status != 200
+                    return f"the canary got status {status}", not await self.is_alive()
         except TimeoutError:
             return f"no answer to the canary within {self._config.canary_timeout_s:g} s", False
         except UpstreamError as error:

@@ -17,7 +17,7 @@ from typing import Any
 HELP = "--model --served-model-name --uds --max-model-len --load-format --disable-uvicorn-access-log --max-num-seqs"
 PARAMETERS = """model prompt messages input n best_of max_tokens max_completion_tokens max_output_tokens stream stream_options
     user temperature logprobs top_logprobs prompt_logprobs seed cache_salt response_format tools stop instructions store
-    priority prompt_embeds structured_outputs"""
+    priority prompt_embeds structured_outputs ignore_eos"""
 STATUS = {
     200: "OK",
     400: "Bad Request",

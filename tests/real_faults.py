@@ -10,8 +10,10 @@ former results in the file.
 
 import argparse
 import importlib
+import itertools
 import json
 import os
+import re
 import sys
 import tempfile
 import time
@@ -26,6 +28,9 @@ from helpers_bench import circumstances
 from helpers_server import gateways
 from helpers_tiny_llama import write_tiny_llama
 from real_scene import ROWS, Scene
+
+_ERROR = re.compile(r"Traceback| ERROR |[Ee]rror:|Assertion")
+_KEPT_LINES = 120
 
 
 def engine_version() -> str:
@@ -51,12 +56,24 @@ def run_rows(scene: Scene, only: set[str]) -> Iterator[dict[str, Any]]:
             where = traceback.extract_tb(error.__traceback__)[-1]
             seen, passed = f"{type(error).__name__}: {error} (line {where.lineno} of {Path(where.filename).name})"[:600], False
         seconds = round(time.monotonic() - started, 2)
-        result = {"row": row.name, "done": row.done, "seen": seen, "seconds": seconds, "passed": passed}
-        yield result | {"date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")}
-        print(f"{row.name:4} {'passed' if passed else 'FAILED'} {seconds:7.2f} s  {seen}", flush=True)
+        result: dict[str, Any] = {"row": row.name, "done": row.done, "seen": seen, "seconds": seconds, "passed": passed}
         logs = sorted(scene.folder.glob("run*/err.txt"), key=lambda log: log.stat().st_mtime)
         if not passed and logs:
-            print(logs[-1].read_text(errors="replace")[-20_000:], flush=True)
+            text = logs[-1].read_text(errors="replace")
+            result["log"] = telling_lines(text.splitlines())
+            print(text[-20_000:], flush=True)
+        yield result | {"date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")}
+        print(f"{row.name:4} {'passed' if passed else 'FAILED'} {seconds:7.2f} s  {seen}", flush=True)
+
+
+def telling_lines(log: list[str]) -> list[str]:
+    """What a failed row keeps of its server's log: from the first error on, where the cause is, and the end."""
+    groups = itertools.groupby(log, key=lambda line: re.sub(r"\d+", "", line))  # a GPU's assertion speaks for each thread
+    log = [next(lines) for _, lines in groups]
+    first = next((number for number, line in enumerate(log) if _ERROR.search(line)), len(log))
+    cut = first + _KEPT_LINES
+    kept = log[max(0, first - 3) : cut] + log[max(cut, len(log) - _KEPT_LINES // 4) :]
+    return [line[:300] for line in kept]
 
 
 def kept_rows(out: Path, tried: list[str]) -> list[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -74,6 +75,14 @@ def our_metrics() -> set[str]:
 def test_the_manifests_are_valid_kubernetes() -> None:
     tool = Path(sys.executable).with_name("kubernetes-validate")
     subprocess.run([str(tool), "--strict", str(DEPLOY / "kubernetes" / "ard-serve.yaml")], check=True)
+
+
+def test_systemd_finds_nothing_wrong_but_that_it_is_not_installed() -> None:
+    tool = shutil.which("systemd-analyze")
+    if not tool:
+        pytest.skip("needs systemd-analyze")
+    done = subprocess.run([tool, "verify", str(DEPLOY / "ard-serve.service")], capture_output=True, text=True, check=False)
+    assert [line for line in done.stderr.splitlines() if "/opt/ard-serve/bin/ard is not executable" not in line] == []
 
 
 def test_the_documented_key_file_is_one() -> None:

@@ -68,6 +68,15 @@ def test_the_probe_reads_help_and_says_what_is_wrong_when_there_is_none(tmp_path
 
 
 @pytest.mark.vllm
+def test_what_operators_need_for_length_and_several_gpus_passes_to_the_real_vllm(tmp_path: Path) -> None:
+    words = (
+        "--kv-cache-dtype fp8 --enable-prefix-caching --enable-chunked-prefill --kv-offloading-size 8 --kv-transfer-config {}"
+    )
+    words += " --tensor-parallel-size 2 --pipeline-parallel-size 2 --data-parallel-size 2 --distributed-executor-backend ray"
+    flags.check_engine_args(tuple(words.split()), flags.known_flags(ServeConfig(model=tmp_path).engine_command))
+
+
+@pytest.mark.vllm
 def test_the_probe_of_real_vllm_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     command = ServeConfig(model=tmp_path).engine_command

@@ -300,6 +300,22 @@ def test_a_grammar_bomb_is_refused(open_gateway: Gateway, bomb: dict[str, Any]) 
     assert error_of(response)["param"] == next(iter(bomb))
 
 
+@pytest.mark.fault("S18")
+def test_a_grammar_that_may_not_end_is_refused(open_gateway: Gateway) -> None:
+    response = complete(open_gateway, ignore_eos=True, response_format={"type": "json_object"})
+    assert response.status_code == 400
+    assert error_of(response)["param"] == "ignore_eos"
+    assert complete(open_gateway, ignore_eos=True, response_format={"type": "text"}).status_code == 200
+
+
+@pytest.mark.fault("S18")
+def test_a_request_that_the_engine_gives_up_is_500_and_others_go_on(open_gateway: Gateway) -> None:
+    response = complete(open_gateway, script={"status": 500})
+    assert response.status_code == 500
+    assert error_of(response)["code"] == "engine_error"
+    assert complete(open_gateway).status_code == 200
+
+
 @pytest.mark.fault("S21")
 def test_each_key_has_its_own_cache_salt(keyed_gateway: Gateway) -> None:
     salts = []

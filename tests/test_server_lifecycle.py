@@ -110,6 +110,26 @@ def test_an_engine_that_cannot_start_is_70_with_its_last_words(start: StartGatew
     assert "KV cache needs 3 GiB" in gateway.stderr.splitlines()[-1]
 
 
+@pytest.mark.fault("S4")
+@pytest.mark.parametrize(
+    ("script", "fields", "named"),
+    [
+        ({"load_s": 60}, {"start_timeout_s": 1}, "not loaded within 1 s (--start-timeout-s)"),
+        ({"canary": {"end": "hang"}}, {"canary_timeout_s": 0.3, "hang_timeout_s": 1}, "no answer to the canary within 0.3 s"),
+        ({"canary": {"status": 500}}, {"hang_timeout_s": 1}, "the canary got status 500"),
+    ],
+    ids=["does not load", "does not answer", "answers nonsense"],
+)
+def test_an_engine_that_never_becomes_ready_is_70_in_bounded_time(
+    start: StartGateway, script: dict[str, Any], fields: dict[str, float], named: str
+) -> None:
+    gateway = start(script, **fields)
+    assert gateway.wait(20) == 70
+    last = gateway.stderr.splitlines()[-1]
+    assert "the engine never became ready" in last
+    assert named in last
+
+
 @pytest.mark.timing
 @pytest.mark.fault("S5")
 def test_a_hung_engine_makes_the_server_not_ready_and_ready_again(start: StartGateway) -> None:

@@ -16,8 +16,9 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
+from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import httpx
 import psutil
@@ -150,7 +151,8 @@ def real(model: Path, running: str | None, tokens: int, seconds: float, repeats:
 def start_s(model: Path, with_gateway: bool) -> Measured:
     """Seconds from the start of the process until it is ready (ours: canary answered, vLLM: /health) and until a first token.
 
-    The second would show a /health that comes before the engine can answer.
+    The second would show a /health that comes before the engine can answer. With the gateway also the two parts of its own that
+    its log shows, which other work on the machine blurs less: until it starts the engine, and from the engine's last word on.
     """
     port = free_port()
     size = ("--max-model-len", "512")
@@ -160,16 +162,18 @@ def start_s(model: Path, with_gateway: bool) -> Measured:
     else:
         command = [*_VLLM, "--model", str(model), "--port", str(port), *size, *_FLAGS]
         command += ["--kv-cache-memory-bytes", str(int(_KV_GIB * 2**30)), "--load-format", "safetensors"]
-    started = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed by its going
+    started, began = time.perf_counter(), time.time()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=log, start_new_session=True)
     family = psutil.Process(process.pid)
     try:
         wait_for(lambda: answers(f"http://127.0.0.1:{port}/{'readyz' if with_gateway else 'health'}"), 300)
         ready_s = time.perf_counter() - started
+        own = own_parts(log, began, began + ready_s) if with_gateway else {}
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60, trust_env=False, verify=NO_TLS) as client:
             name = client.get("/v1/models").json()["data"][0]["id"]
             client.post("/v1/completions", json={"model": name, "prompt": [1], "max_tokens": 1}).raise_for_status()
-        return {"start_s": ready_s, "first_token_s": time.perf_counter() - started}
+        return {"start_s": ready_s, "first_token_s": time.perf_counter() - started} | own
     finally:
         left = [family, *family.children(recursive=True)]
         process.terminate()
@@ -178,6 +182,18 @@ def start_s(model: Path, with_gateway: bool) -> Measured:
             if one.is_running():
                 one.kill()
         process.wait()
+
+
+def own_parts(log: IO[str], began: float, ready: float) -> Measured:
+    """Seconds before the engine's start and after its readiness, by the gateway's log."""
+    log.seek(0)
+    lines = log.readlines()
+
+    def at(words: str) -> float:
+        line = next(line for line in lines if words in line)
+        return datetime.strptime(line[:23], "%Y-%m-%d %H:%M:%S,%f").timestamp()
+
+    return {"before_engine_s": at("engine started") - began, "after_engine_s": ready - at("Application startup complete")}
 
 
 def answers(url: str) -> bool:
@@ -202,7 +218,7 @@ def main() -> None:
     parser.add_argument("model", type=Path, nargs="?")
     parser.add_argument("--engine", metavar="URL", help="a vLLM that runs the model already, with room for 64 requests")
     parser.add_argument("--seconds", type=float, default=12, help="length of each turn against a real vLLM")
-    parser.add_argument("--repeats", type=int, default=4, help="turns of each side against a real vLLM")
+    parser.add_argument("--repeats", type=int, default=4, help="turns of each side with a real vLLM")
     given = parser.parse_args()
     out, what, model = given.out, given.what, given.model
     random.seed(0)
@@ -212,7 +228,7 @@ def main() -> None:
     if what == "scripted" or model is None:
         section |= scripted(repeats=5)
     elif what == "start":
-        section |= starts(model, repeats=2)
+        section |= starts(model, repeats=given.repeats)
     else:
         section |= real(model, given.engine, tokens=48, seconds=given.seconds, repeats=given.repeats)
     section["load_average_after"] = round(os.getloadavg()[0], 2)

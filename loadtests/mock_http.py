@@ -20,7 +20,7 @@ class Call(asyncio.Protocol):
         self._head = b""
         self._task: asyncio.Task[None] | None = None
         self._transport: asyncio.Transport
-        self.path, self.arrived_s = "", 0.0
+        self.path, self.authorization, self.arrived_s = "", "", 0.0
 
     @property
     def body(self) -> bytes:
@@ -65,9 +65,14 @@ class Call(asyncio.Protocol):
 
     def on_message_begin(self) -> None:
         self._parts.clear()
+        self.authorization = ""
 
     def on_url(self, url: bytes) -> None:
         self.path = url.decode().partition("?")[0]
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if name.lower() == b"authorization":
+            self.authorization = value.decode(errors="replace")
 
     def on_body(self, body: bytes) -> None:
         self._parts.append(body)

@@ -49,6 +49,7 @@ class MockConfig(Settings):
     prefix_cache: bool = Field(False, description="count every prompt token as a prefix cache hit")
     engine_metrics: bool = Field(True, description="answer on /metrics and /tokenize as vLLM does")
     strict: bool = Field(False, description="refuse token ids, ignore_eos and stream_options as a plain server would")
+    api_key: str = Field("", description="the key it wants, as a hosted API does; any request will do when empty")
     fault: Fault = Field("none", description="what goes wrong")
     fault_every: int = Field(1, ge=1, description="the fault strikes each n-th completion")
     fault_after: int = Field(0, ge=0, description="completions before the first fault")
@@ -116,8 +117,10 @@ class MockServer:
 
     async def handle(self, call: Call) -> None:
         """Answer one request."""
-        engine = self._engine
-        if call.path == "/v1/models":
+        engine, key = self._engine, self.config.api_key
+        if key and call.authorization != f"Bearer {key}":
+            _reply(call, 401, {"error": {"message": "no such key", "code": 401}})
+        elif call.path == "/v1/models":
             model = {"id": "mock", "object": "model", "max_model_len": self.config.max_model_len}
             _reply(call, 200, {"object": "list", "data": [model]})
         elif call.path in ("/v1/completions", "/v1/chat/completions"):

@@ -20,7 +20,9 @@ code { font:.88em ui-monospace, monospace; background:var(--card); padding:.1em 
   overflow-wrap:anywhere; }
 .tiles { display:grid; grid-template-columns:repeat(auto-fit,minmax(8.6rem,1fr)); gap:.8rem; margin:1.2rem 0; }
 .tile, .card { background:var(--card); border:1px solid var(--line); border-radius:10px; padding:.9rem 1rem; }
-.tile b { display:block; font-size:1.55rem; line-height:1.25; letter-spacing:-.02em; font-variant-numeric:tabular-nums; }
+.tile { padding:.8rem; }
+.tile b { display:block; font-size:1.3rem; line-height:1.3; white-space:nowrap; letter-spacing:-.02em;
+  font-variant-numeric:tabular-nums; }
 .tile span { color:var(--faint); font-size:.86rem; }
 .cards { display:grid; grid-template-columns:repeat(auto-fit,minmax(min(30rem,100%),1fr)); gap:.9rem; margin:.8rem 0; }
 .card { overflow-x:auto; } .card svg { width:100%; max-width:44rem; height:auto; display:block; }

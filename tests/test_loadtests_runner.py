@@ -285,6 +285,20 @@ def test_plain_server_is_measured_by_text(start_mock: StartMock, tmp_path: Path,
     assert all(cell.memory.preemptions is None for cell in result.cells)
 
 
+def test_hosted_api_wants_its_key_and_no_file_keeps_it(
+    start_mock: StartMock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = start_mock(ttft_ms=5, itl_ms=1, strict=True, engine_metrics=False, api_key="sk-sesame")
+    out, fields = tmp_path / "out", {"lengths": (256,), "concurrencies": (2,), "api_key_env": "HOSTED_KEY", "report": True}
+    monkeypatch.setenv("HOSTED_KEY", "sk-other")
+    with pytest.raises(UsageError, match=r"wants a key.*\$HOSTED_KEY"):
+        run(config(url, out, **fields))
+    monkeypatch.setenv("HOSTED_KEY", "sk-sesame")
+    assert run(config(url, out, **fields)) == 0
+    assert result_of(out).cells[0].outcomes == {"ok": 4}
+    assert not [path for path in out.iterdir() if b"sesame" in path.read_bytes()]
+
+
 @pytest.mark.timing
 def test_trace_is_replayed_with_its_lengths(start_mock: StartMock, tmp_path: Path) -> None:
     trace = tmp_path / "trace.jsonl"

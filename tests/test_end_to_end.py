@@ -2,12 +2,13 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,9 @@ START_TIMEOUT_S = 300
 NEW_TOKENS = 24
 
 
-def ard(*words: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([*ARD, *map(str, words)], capture_output=True, text=True, timeout=300, check=False)
+def ard(*words: object, before: Sequence[str] = (), **rest: Any) -> subprocess.CompletedProcess[str]:
+    command = [*before, *ARD, *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, **rest)
 
 
 @pytest.fixture(scope="module")
@@ -38,9 +40,19 @@ def base(make_checkpoint: Callable[..., Path]) -> Path:
 
 @pytest.fixture(scope="module")
 def run(base: Path, texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished restoration, evaluation included."""
+    """A finished restoration, evaluation included; what it asked of the network is in `network` beside it, where strace works.
+
+    Nothing forbids it the network: it must not want it.
+    """
     out = tmp_path_factory.mktemp("restored") / "run"
-    ended = ard("restore", base, "--target-length", 512, "--data", texts, "--out", out, *SMALL)
+    trace = ["strace", "-f", "--seccomp-bpf", "-e", "trace=socket,connect,sendto,sendmsg,sendmmsg", "-o"]
+    works = (
+        shutil.which("strace")
+        and subprocess.run([*trace, "/dev/null", "true"], capture_output=True, check=False).returncode == 0
+    )
+    free = {name: value for name, value in os.environ.items() if not name.endswith("_OFFLINE")}
+    words = ["restore", base, "--target-length", 512, "--data", texts, "--out", out, *SMALL]
+    ended = ard(*words, before=[*trace, str(out.parent / "network")] if works else (), env=free)
     assert ended.returncode == 0, ended.stderr
     return out
 
@@ -88,6 +100,16 @@ def test_the_result_is_complete_and_as_promised(run: Path) -> None:
     }
     assert "perplexity at 512 tokens" in (run / "model" / "README.md").read_text()
     assert ard("doctor", run / "model").returncode == 0
+
+
+@pytest.mark.fault("R21")
+def test_a_whole_run_on_local_files_asks_nothing_of_the_network(run: Path) -> None:
+    if not (run.parent / "network").exists():
+        pytest.skip("needs strace and the right to trace")
+    calls = (run.parent / "network").read_text().splitlines()
+    assert any("socket(" in call for call in calls), "the trace is empty: nothing was watched"
+    # urllib3 makes a socket when it is imported, to see whether there is IPv6, and talks to nobody.
+    assert [call for call in calls if "AF_INET" in call and "socket(" not in call] == []
 
 
 def test_export_again_gives_the_same_weights(run: Path, tmp_path: Path) -> None:

@@ -21,6 +21,8 @@ from ard_serve.artifact import sha256_of
 from ard_serve.errors import ResourceError
 
 _KEEP = 2
+# Adapters, the best adapters and two moments of each, in fp32.
+_BYTES_PER_TRAINED = 16
 _TENSORS = "tensors.safetensors"
 _STATE = "state.json"
 _log = logging.getLogger(__name__)
@@ -40,6 +42,11 @@ class RunState:
     best_loss: float
     fingerprint: dict[str, Any]
     layer_weights: list[float] = field(default_factory=list)
+
+
+def room_bytes(folder: Path, trained: int) -> int:
+    """What checkpoints of so many trained weights will yet take in `folder`: those that are kept, and one in the making."""
+    return max(1, _KEEP + 1 - len(_newest_first(folder))) * _BYTES_PER_TRAINED * trained
 
 
 def save(

@@ -107,8 +107,14 @@ def export(
     return manifest
 
 
-def check_room(base: Checkpoint, out: Path, dtype: torch.dtype | None = None) -> None:
+def check_room(base: Checkpoint, out: Path, dtype: torch.dtype | None = None, checkpoint_bytes: int = 0) -> None:
     """Make sure that an export fits at `out` and may be written there; cheap enough to ask before training starts.
+
+    Args:
+        base: what is exported.
+        out: the folder of the export.
+        dtype: of its weights; the base's own when None.
+        checkpoint_bytes: what else will be written to the same disk by then.
 
     Raises:
         ResourceError: it does not, with both sizes.
@@ -118,9 +124,10 @@ def check_room(base: Checkpoint, out: Path, dtype: torch.dtype | None = None) ->
         raise ResourceError(f"{out}: {parent} cannot be written; choose another output folder")
     needed_bytes = merged_bytes(base, dtype) + _MARGIN_BYTES
     free_bytes = shutil.disk_usage(parent).free
-    if free_bytes < needed_bytes:
+    if free_bytes < needed_bytes + checkpoint_bytes:
+        beside = f" and the checkpoints {checkpoint_bytes / 1e9:.1f} GB" if checkpoint_bytes else ""
         raise ResourceError(
-            f"{out}: the export needs {needed_bytes / 1e9:.1f} GB, {parent} has {free_bytes / 1e9:.1f} GB free; "
+            f"{out}: the export needs {needed_bytes / 1e9:.1f} GB{beside}, {parent} has {free_bytes / 1e9:.1f} GB free; "
             "free some space or choose another output folder"
         )
 

@@ -134,7 +134,8 @@ def _prepare(config: RestoreConfig, world: World) -> tuple[Loaded, Trainer]:
         )
     loaded = _load(settled, world)
     loaded.faces.kept = kept
-    check_room(loaded.base, config.out / MODEL)
+    trained = sum(parameter.numel() for parameter in loaded.faces.adapters.parameters())
+    check_room(loaded.base, config.out / MODEL, checkpoint_bytes=checkpoint.room_bytes(config.out / CHECKPOINTS, trained))
     tokenizer, vocab_size = load_tokenizer(folder), int(loaded.base.config["vocab_size"])
     train, held = (tokenize(documents, tokenizer, vocab_size) for documents in (train_documents, held_documents))
     weaver = Weaver(tokenizer, config.retrieval_spacing) if "retrieval" in config.weights else None

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
@@ -14,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from ard_serve import artifact
+from ard_serve import artifact, cli
 from ard_serve.artifact import DataRecord, Manifest, Quality, RecipeRecord, Scores
 from ard_serve.errors import ModelError, NumericsError, QualityGateError, ResourceError
 from restore import merge
@@ -283,6 +284,33 @@ def test_too_little_disk_is_refused_with_both_sizes(student: Student, tmp_path: 
             check_room(student.base, tmp_path / "deep" / "out")
         assert caught.value.exit_code == 5
         assert not list(tmp_path.iterdir())
+    finally:
+        subprocess.run(["umount", tmp_path], check=True)
+
+
+@pytest.mark.fault("R11")
+def test_a_disk_without_room_for_the_checkpoints_is_refused_before_training(
+    student: Student, texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The export would fit; three checkpoints of 4M trained weights would not."""
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200m", "tmpfs", tmp_path], capture_output=True, check=False)
+    if mounted.returncode != 0:
+        pytest.skip("needs the right to mount a tmpfs")
+    words = [
+        "restore",
+        str(student.base.folder),
+        "--target-length",
+        "512",
+        "--data",
+        str(texts),
+        "--out",
+        str(tmp_path / "run"),
+    ]
+    try:
+        assert cli.main([*words, "--rank", "4000", "--steps", "1", "--no-evaluate", "--device", "cpu"]) == 5
+        said = capsys.readouterr().err.splitlines()[-1]
+        assert re.search(r"needs 0\.1 GB and the checkpoints 0\.\d GB, .* has 0\.2 GB free", said), said
+        assert not (tmp_path / "run" / "metrics.jsonl").exists()
     finally:
         subprocess.run(["umount", tmp_path], check=True)
 

@@ -1,7 +1,8 @@
-"""The files of a run: result.json, requests.jsonl (the session's journal), cells.csv, summary.md, report.html."""
+"""The files of a run: result.json, requests.jsonl (the session's journal), trace.jsonl, cells.csv, summary.md, report.html."""
 
 import csv
 import io
+import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -47,7 +48,8 @@ def write_result(result: RunResult, folder: Path) -> None:
 
 
 def write_tables(result: RunResult, folder: Path, with_page: bool) -> None:
-    """Write the tables and, `with_page`, the report."""
+    """Write the tables, the trace and, `with_page`, the report."""
+    write_text(folder / "trace.jsonl", trace_jsonl(result))
     write_text(folder / "cells.csv", cells_csv(result))
     write_text(folder / "summary.md", summary_markdown(result))
     if with_page:
@@ -60,6 +62,17 @@ def write_page(result: RunResult, path: Path) -> None:
     from loadtests.report import render
 
     write_text(path, render(result))
+
+
+def trace_jsonl(result: RunResult) -> str:
+    """When each request was due and how long it was, in Mooncake's format: for `--trace` again, or for aiperf."""
+    sent = sorted((record for record in result.requests if record.role != "warm_up"), key=lambda record: record.planned_s)
+    lines = [
+        {"timestamp": round(1000 * (record.planned_s - sent[0].planned_s)), "input_length": record.prompt_tokens,
+         "output_length": max(1, record.output_tokens)}
+        for record in sent
+    ]  # fmt: skip
+    return "".join(json.dumps(line) + "\n" for line in lines)
 
 
 def cells_csv(result: RunResult) -> str:

@@ -10,7 +10,7 @@ and a test fails when the page and its results differ.
 import re
 from pathlib import Path
 
-from loadtests.cost import against, by_length, markdown
+from loadtests.cost import against, by_length, chosen_lengths, markdown
 from loadtests.output import read_result
 
 ROOT = Path(__file__).parent.parent
@@ -31,7 +31,9 @@ def _table(place: re.Match[str], results: Path) -> str:
     if not (results / place[3]).exists():
         return place[5]
     result = read_result(results / place[3])
-    return markdown(by_length(result) if place[2] == "lengths" else against(result, *map(int, place[4].split())))
+    if place[2] == "lengths":
+        return markdown(by_length(result))
+    return markdown(against(result, *chosen_lengths(result, *map(int, place[4].split()))))
 
 
 if __name__ == "__main__":

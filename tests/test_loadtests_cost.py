@@ -88,6 +88,8 @@ def test_page_is_filled_from_results_and_waits_for_those_to_come(result: RunResu
     assert markdown(against(result, 8192, 61_440)) in filled
     assert markdown(by_length(result)) in filled
     assert load_tables.filled(filled, tmp_path) == filled
+    with pytest.raises(UsageError, match="4096: not a length of this run"):
+        load_tables.filled(page.replace("8192", "4096"), tmp_path)
 
 
 def test_documentation_shows_what_the_results_say() -> None:

@@ -14,9 +14,10 @@ from loadtests.bias import ClientBias
 from loadtests.config import LoadConfig
 from loadtests.fits import add_fits
 from loadtests.metrics import accuracy, by_depth, distribution
-from loadtests.output import cells_csv, summary_markdown, write_result
+from loadtests.output import cells_csv, summary_markdown, trace_jsonl, write_result
 from loadtests.records import CellMemory, CellResult, RequestRecord, RunResult
 from loadtests.report import render
+from loadtests.traces import read_trace
 from loadtests.units import short_bytes, short_count, short_ms, short_number
 
 _VOID = {"meta", "br", "path", "use", "rect", "circle", "line", "clippath", "stop"}
@@ -181,13 +182,19 @@ def test_report_is_drawn_again_from_the_result_alone(result: RunResult, tmp_path
     fits, result.fits = result.fits, {}
     write_result(result, tmp_path)
     assert redraw.run(redraw.RedrawConfig(result=tmp_path / "result.json")) == 0
-    assert {path.name for path in tmp_path.iterdir()} == {"result.json", "report.html", "summary.md", "cells.csv"}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "result.json",
+        "report.html",
+        "summary.md",
+        "cells.csv",
+        "trace.jsonl",
+    }
     result.fits = fits
     assert (tmp_path / "report.html").read_text(encoding="utf-8") == render(result)
     named = (tmp_path / "result.json").rename(tmp_path / "load-h100.json")
     assert redraw.run(redraw.RedrawConfig(result=named)) == 0
     assert (tmp_path / "load-h100.html").read_text(encoding="utf-8") == render(result)
-    assert len(list(tmp_path.iterdir())) == 5, "a result by a name of its own gets its page alone"
+    assert len(list(tmp_path.iterdir())) == 6, "a result by a name of its own gets its page alone"
     with pytest.raises(DataError, match="cannot be read"):
         redraw.run(redraw.RedrawConfig(result=tmp_path / "elsewhere"))
 
@@ -229,6 +236,16 @@ def test_page_of_a_run_cut_short(result: RunResult, cells: int) -> None:
     result.cells, result.requests = result.cells[:cells], result.requests[: 8 * cells]
     result.status, result.kv, result.fits = "server_died", {}, {}
     assert "the server died" in read(render(result)).text
+
+
+def test_trace_of_a_run_can_be_replayed(result: RunResult, tmp_path: Path) -> None:
+    for number, record in enumerate(result.requests):
+        record.planned_s = 7 + number / 4
+    (tmp_path / "trace.jsonl").write_text(trace_jsonl(result), encoding="utf-8")
+    arrivals = read_trace(tmp_path / "trace.jsonl", 100)
+    assert [one.prompt_tokens for one in arrivals] == [record.prompt_tokens for record in result.requests]
+    assert [one.at_s for one in arrivals[:3]] == [0, 0.25, 0.5]
+    assert {one.output_tokens for one in arrivals} == {8}
 
 
 def test_csv_has_a_row_for_each_cell(result: RunResult) -> None:

@@ -78,7 +78,7 @@ def test_grid_measures_the_truth_and_writes_every_file(start_mock: StartMock, tm
         assert cell.output_tokens_per_s == pytest.approx(8 / 0.24 * concurrency, rel=0.25)
         assert cell.memory.preemptions == 0
     assert {path.name for path in tmp_path.iterdir()} == {
-        "result.json", "requests.jsonl", "cells.csv", "summary.md", "report.html"
+        "result.json", "requests.jsonl", "cells.csv", "trace.jsonl", "summary.md", "report.html"
     }  # fmt: skip
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert page.count("<svg") >= 4

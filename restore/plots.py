@@ -95,9 +95,9 @@ def perplexity_by_length(axes: Axes, models: Sequence[Evaluation]) -> None:
         spread = [score.stderr or 0.0 for score in model.perplexity]
         values = drawn[model.name]
         axes.errorbar(
-            list(values), list(values.values()), yerr=spread, label=model.name, elinewidth=1, **_style(places[model.name])
+            list(values), list(values.values()), yerr=spread, label=model.name, elinewidth=1, **style(places[model.name])
         )
-    _token_axis(axes, sorted({length for values in drawn.values() for length in values}))
+    token_axis(axes, sorted({length for values in drawn.values() for length in values}))
     _perplexity_axis(axes, drawn)
     axes.set_xlabel("window, tokens")
 
@@ -111,13 +111,13 @@ def perplexity_by_position(axes: Axes, models: Sequence[Evaluation], native_wind
             middles = [(low * high) ** 0.5 for low, high in pairwise(curve.edges)]
             # The first bucket has next to no context; it would set the scale of the whole plot.
             drawn[model.name] = values = dict(list(zip(middles, curve.perplexity, strict=True))[1:])
-            style = _style(places[model.name]) | {"marker": ""}
-            axes.plot(list(values), list(values.values()), label=model.name, **style)
+            line = style(places[model.name]) | {"marker": ""}
+            axes.plot(list(values), list(values.values()), label=model.name, **line)
     last = max((position for values in drawn.values() for position in values), default=0.0)
     if native_window and native_window < last:
         axes.axvline(native_window, color=QUIET, linewidth=1)
         _note(axes, "native window ends", (native_window, 1), ("data", "axes fraction"))
-    _token_axis(axes, [])
+    token_axis(axes, [])
     _perplexity_axis(axes, drawn)
     axes.set_xlabel("position in the window, tokens")
 
@@ -151,8 +151,8 @@ def needles_by_length(axes: Axes, models: Sequence[Evaluation]) -> None:
     for model in models:
         found = model.scores.needle
         lengths |= found.keys()
-        axes.plot(list(found), [100 * share for share in found.values()], label=model.name, **_style(places[model.name]))
-    _token_axis(axes, sorted(lengths))
+        axes.plot(list(found), [100 * share for share in found.values()], label=model.name, **style(places[model.name]))
+    token_axis(axes, sorted(lengths))
     axes.set_ylim(-4, 104)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda tick, _: f"{tick:.0f}%"))
     axes.set_xlabel("prompt, tokens")
@@ -204,8 +204,8 @@ def layer_kl(axes: Axes, before: Sequence[float], after: Sequence[float]) -> Non
     """Divergence of each layer's relations from the native model's, before and after training."""
     layers = range(1, len(before) + 1)
     axes.vlines(list(layers), after, before, color=GRID, linewidth=3, zorder=1)
-    axes.plot(layers, before, label="stretched", **(_style(1) | {"linestyle": "none"}))
-    axes.plot(layers, after, label="restored", **(_style(2) | {"linestyle": "none"}))
+    axes.plot(layers, before, label="stretched", **(style(1) | {"linestyle": "none"}))
+    axes.plot(layers, after, label="restored", **(style(2) | {"linestyle": "none"}))
     axes.set_yscale("log")
     axes.yaxis.set_minor_formatter(NullFormatter())
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -229,6 +229,11 @@ def before_after(found: EvaluationReport) -> str:
         svg = to_svg(
             drawing, f"Before and after: perplexity by window length, and {'needles found' if needles else 'short tasks'}"
         )
+    return standing_alone(svg)
+
+
+def standing_alone(svg: str) -> str:
+    """The drawing with its colours inside and a panel behind, for a file of its own."""
     background = '<rect width="100%" height="100%" rx="10" fill="var(--panel)"/>'
     return re.sub(r"(<svg [^>]*>)", rf"\1<style>{THEME}</style>{background}", svg, count=1)
 
@@ -239,7 +244,7 @@ def legend(drawing: Figure, axes: Axes) -> None:
     drawing.legend(handles, names, loc="outside upper left", ncols=len(names), handlelength=2.6, borderpad=0)
 
 
-def _style(place: int) -> dict[str, Any]:
+def style(place: int) -> dict[str, Any]:
     return {
         "color": _SERIES[place % len(_SERIES)],
         "marker": _MARKERS[place % len(_MARKERS)],
@@ -247,7 +252,7 @@ def _style(place: int) -> dict[str, Any]:
     }
 
 
-def _token_axis(axes: Axes, lengths: Sequence[int]) -> None:
+def token_axis(axes: Axes, lengths: Sequence[int]) -> None:
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _tokens(int(value))))
     axes.xaxis.set_minor_formatter(NullFormatter())
@@ -287,9 +292,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("picture", type=Path, help="the .svg file to write")
     given = parser.parse_args(arguments)
     given.picture.parent.mkdir(parents=True, exist_ok=True)
-    given.picture.write_text(
-        before_after(EvaluationReport.model_validate_json(given.evaluation.read_bytes())), encoding="utf-8"
-    )
+    found = EvaluationReport.model_validate_json(given.evaluation.read_bytes())
+    given.picture.write_text(before_after(found), encoding="utf-8")
 
 
 if __name__ == "__main__":

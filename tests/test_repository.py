@@ -2,6 +2,7 @@
 
 import csv
 import hashlib
+import json
 import re
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from scripts import quality_table, speed_tables
+from scripts import quality_table, speed_plots, speed_tables
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = {"ard_serve", "restore", "server", "loadtests"}
@@ -84,6 +85,19 @@ def test_the_speeds_in_a_page_are_what_the_results_say(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     assert "-h100.json -->" in text
     assert speed_tables.filled(text) == text, "run python -m scripts.speed_tables"
+
+
+def test_the_picture_of_the_kernels_is_what_the_results_say() -> None:
+    results = json.loads((ROOT / "docs" / "results" / "kernel-h100.json").read_text(encoding="utf-8"))
+    drawn = speed_plots.picture(results)
+    for told in ("ours", "LinearARD", "dense PyTorch", "torch.compile", "FlexAttention", "8.5 KiB a token", "128K"):
+        assert told in drawn
+    kept = (ROOT / "docs" / "images" / "kernel.svg").read_text(encoding="utf-8")
+    remedy = "run python -m scripts.speed_plots docs/results/kernel-h100.json docs/images/kernel.svg"
+    for text in (r'aria-label="[^"]*', "ours and a straight line, [^<]*"):
+        found = re.search(text, drawn)
+        assert found, text
+        assert found[0] in kept, remedy
 
 
 def test_the_demo_books_are_what_their_manifest_says() -> None:

@@ -65,7 +65,7 @@ def _tiles(result: RunResult) -> str:
         tiles.append(tile(str(lengths[longest]["fits"]), f"prompts of {short_length(int(longest))} fit the KV cache at once"))
     if "ttft_added_p50_ms" in (client := result.client):
         own = f"of a first token are this client's own, {client['concurrency']} at once against a mock server"
-        tiles.append(tile(short_ms(client["ttft_added_p50_ms"]), own))
+        tiles.append(tile(short_ms(max(0, client["ttft_added_p50_ms"])), own))
     return f'<div class="tiles">{"".join(tiles)}</div>'
 
 

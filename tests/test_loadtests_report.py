@@ -148,6 +148,8 @@ def test_client_states_its_own_share_beside_the_figures(result: RunResult) -> No
                                rss_bytes=70 << 20).model_dump()  # fmt: skip
     assert "this client adds 2.5 ms to a first token (p99 9 ms)" in summary_markdown(result)
     assert "2.5 msof a first token are this client's own, 8 at once" in read(render(result)).text
+    result.client["ttft_added_p50_ms"] = -0.03
+    assert "this client adds 0 ms to a first token" in summary_markdown(result)
 
 
 def test_open_loop_has_no_concurrency_that_fits(result: RunResult) -> None:

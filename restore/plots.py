@@ -116,7 +116,8 @@ def perplexity_by_position(axes: Axes, models: Sequence[Evaluation], native_wind
     last = max((position for values in drawn.values() for position in values), default=0.0)
     if native_window and native_window < last:
         axes.axvline(native_window, color=QUIET, linewidth=1)
-        _note(axes, "native window ends", (native_window, 1), ("data", "axes fraction"))
+        side = "left" if native_window**2 < 64 * last else "right"  # where there is room
+        _note(axes, "native window ends", (native_window, 1), ("data", "axes fraction"), side)
     token_axis(axes, [])
     _perplexity_axis(axes, drawn)
     axes.set_xlabel("position in the window, tokens")
@@ -277,9 +278,9 @@ def _perplexity_axis(axes: Axes, drawn: dict[str, dict[Any, float]]) -> None:
     axes.set_ylabel("perplexity")
 
 
-def _note(axes: Axes, text: str, at: tuple[float, float], coordinates: Any) -> None:
-    place: dict[str, Any] = {"xycoords": coordinates, "textcoords": "offset points", "ha": "right", "va": "top"}
-    axes.annotate(text, at, (-5, -2), fontsize=9.5, color=QUIET, **place)
+def _note(axes: Axes, text: str, at: tuple[float, float], coordinates: Any, side: str = "right") -> None:
+    place: dict[str, Any] = {"xycoords": coordinates, "textcoords": "offset points", "ha": side, "va": "top"}
+    axes.annotate(text, at, (-5 if side == "right" else 5, -2), fontsize=9.5, color=QUIET, **place)
 
 
 def _tokens(count: int) -> str:
@@ -292,8 +293,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("picture", type=Path, help="the .svg file to write")
     given = parser.parse_args(arguments)
     given.picture.parent.mkdir(parents=True, exist_ok=True)
-    found = EvaluationReport.model_validate_json(given.evaluation.read_bytes())
-    given.picture.write_text(before_after(found), encoding="utf-8")
+    given.picture.write_text(before_after(EvaluationReport.model_validate_json(given.evaluation.read_bytes())), "utf-8")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from restore.kernels import cross_relation_kl, triton_backend
+from restore.kernels import cross_relation_kl, self_relation_kl, triton_backend
 from restore.kernels.documents import Spans, spans_of_lengths, spans_of_mask
 from restore.kernels.reference import relation_rows
 from restore.kernels.sampling import sample_rows, take_rows
@@ -300,6 +300,26 @@ def test_large_logits_stay_finite() -> None:
     torch.testing.assert_close(rows[0].double(), truth, rtol=1e-4, atol=1e-2)
     gradient = triton_backend.self_backward(torch.ones_like(rows[0]), student * 30, teacher * 30, *rows[1:], SCALES, None)
     assert gradient.isfinite().all()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU, whose driver tells when it is waited for")
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [None, 20])
+def test_nothing_waits_for_the_device(rows: int | None) -> None:
+    (q_s, q_t), (k_s, k_t) = _pair(2, 4, 300, 64, torch.bfloat16), _pair(2, 2, 300, 64, torch.bfloat16)
+    leaves = [x.requires_grad_() for x in (q_s, k_s)]
+    mask = torch.arange(300, device=DEVICE) >= torch.tensor([[0], [23]], device=DEVICE)
+
+    def step() -> None:
+        torch.autograd.grad(cross_relation_kl(*leaves, q_t, k_t, mask_BT=mask, rows=rows), leaves)
+        torch.autograd.grad(self_relation_kl(q_s, q_t, mask_BT=mask, rows=rows), q_s)
+
+    step()  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU with 40 GB")

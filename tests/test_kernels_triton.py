@@ -311,7 +311,7 @@ def test_nothing_waits_for_the_device(rows: int | None) -> None:
     mask = torch.arange(300, device=DEVICE) >= torch.tensor([[0], [23]], device=DEVICE)
 
     def step() -> None:
-        torch.autograd.grad(cross_relation_kl(*leaves, q_t, k_t, mask_BT=mask, rows=rows), leaves)
+        torch.autograd.grad(cross_relation_kl(q_s, k_s, q_t, k_t, mask_BT=mask, rows=rows), leaves)
         torch.autograd.grad(self_relation_kl(q_s, q_t, mask_BT=mask, rows=rows), q_s)
 
     step()  # compiles

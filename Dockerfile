@@ -19,6 +19,12 @@ RUN PIP_BREAK_SYSTEM_PACKAGES=1 python3 -m pip install --no-cache-dir --no-deps 
     && python3 -P -c "import server.app" \
     && useradd --uid 10001 --user-group --create-home ard
 
+# Asking vLLM for its flags takes as long as importing it: once here, not at each start. Where a build has no GPU for that, then.
+ENV ARD_SERVE_CACHE=/opt/ard-serve
+RUN XDG_CACHE_HOME=/opt python3 -P -c "from server.config import ServeConfig; from server.flags import known_flags; \
+    known_flags(ServeConfig.model_fields['engine_command'].default)" \
+    || echo "vLLM's flags are asked at the first start instead"
+
 # Nothing is downloaded at start, and nothing is reported to anybody.
 ENV HF_HUB_OFFLINE=1 \
     TRANSFORMERS_OFFLINE=1 \

@@ -12,13 +12,11 @@ from torch import Tensor
 from ard_serve.errors import DataError
 from restore.config import RestoreConfig
 from restore.data import TokenStream, Windows, evenly_spaced
-from restore.plan import Plan
+from restore.plan import Plan, cut_lengths
 from restore.positions import Jumps, jumps
 from restore.retrieval import Weaver
 
 Kind = Literal["whole", "jumped", "cut"]
-# Lengths of what people ask in a sentence to a page; a native window has few places with as little in front of them.
-_CUT_TOKENS = (64, 128, 256, 512, 1024)
 
 
 @dataclass(frozen=True)
@@ -46,28 +44,36 @@ class Batches:
     """Every batch of a run, by the number of its step: a pure function of the settings and the data."""
 
     def __init__(
-        self, plan: Plan, config: RestoreConfig, stream: TokenStream, target_length: int, weaver: Weaver | None
+        self,
+        plan: Plan,
+        config: RestoreConfig,
+        stream: TokenStream,
+        target_length: int,
+        weaver: Weaver | None,
+        at_once: int = 1,
     ) -> None:
-        """Raises DataError when the stream is shorter than a window."""
+        """`at_once`: distillation windows of one pass. Raises DataError when the stream is shorter than a window."""
         self._plan, self._config, self._target_length, self._weaver = plan, config, target_length, weaver
+        self._at_once = at_once
         self._short = Windows(stream, plan.window, config.seed) if plan.short_windows else None
         self._long = Windows(stream, plan.long_window, config.seed) if plan.long_windows else None
 
-    def lengths(self) -> list[int]:
-        """Tokens of every window of a step: long ones, then those to distil."""
-        return [self._plan.long_window] * self._plan.long_windows + [self._plan.window] * self._plan.short_windows
+    def lengths(self, step: int) -> list[int]:
+        """Tokens of every window of step number `step`: long ones, then those to distil."""
+        plan = self._plan
+        return [plan.long_window] * plan.long_in(step) + [plan.window] * plan.short_windows
 
     def of_step(self, step: int, windows: Sequence[int]) -> Iterator[Batch]:
         """The batches of step number `step` that hold the `windows`, which count as `lengths` lists them."""
-        plan = self._plan
-        short = [step * plan.short_windows + window - plan.long_windows for window in windows if window >= plan.long_windows]
+        plan, long = self._plan, self._plan.long_in(step)
+        short = [step * plan.short_windows + window - long for window in windows if window >= long]
         for kind, group in groupby(sorted(short, key=self._kind), key=self._kind):
             numbers = list(group)
-            at_once = 1 if kind == "jumped" else plan.windows_at_once
+            at_once = 1 if kind == "jumped" else self._at_once
             yield from (self._distilled(numbers[at : at + at_once], kind) for at in range(0, len(numbers), at_once))
         for window in windows:
-            if window < plan.long_windows:
-                yield self._read(step * plan.long_windows + window)
+            if window < long:
+                yield self._read(step // plan.long_every * plan.long_windows + window)
 
     def _kind(self, number: int) -> Kind:
         """How distillation window `number` is read; each share is spread evenly over the windows."""
@@ -98,7 +104,7 @@ def _falls_on(number: int, share: float) -> int:
 def _cut(ids_BT: Tensor, seed: tuple[int, ...]) -> Tensor:
     """Windows as texts of one length, which is drawn: [texts, length]. What is left over at the ends is dropped."""
     window = ids_BT.shape[1]
-    lengths = [length for length in _CUT_TOKENS if length < window] or [max(1, window // 2)]
+    lengths = cut_lengths(window)
     length = lengths[np.random.default_rng(seed).integers(len(lengths))]
     return ids_BT[:, : window // length * length].reshape(-1, length)
 

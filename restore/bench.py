@@ -20,14 +20,14 @@ from torch.profiler import ProfilerActivity, profile
 
 from ard_serve.errors import ResourceError
 from restore import bench_reference, bench_results, devices
-from restore.batches import Batches
+from restore.batches import Batch, Batches
 from restore.bench_cases import SHAPES, Case, build_trainer, random_tokens
 from restore.config import RECIPES
 from restore.flops import Counter
 from restore.forecast import forecast
 from restore.model import TwoFaced
 from restore.objectives import Losses
-from restore.parallel import World, joined
+from restore.parallel import ALONE, World, joined
 from restore.plan import Plan
 from restore.trainer import Trainer
 
@@ -101,26 +101,34 @@ def _measured(
     if device.type == "cuda":
         torch.cuda.empty_cache()  # of what building the model took
         torch.cuda.reset_peak_memory_stats(device)
-    steps = [trainer.step() for _ in range(options.warmup)]
-    matrix = [matrix_tflops(device)]
-    timed = []
-    for _ in range(options.steps):
-        timed.append(trainer.step())
-        matrix.append(matrix_tflops(device))
-    seconds = median(row["seconds"] for row in timed)
-    flops = Counter(case.base, case.config).step(trainer.plan)
-    tflops, ceiling = flops.counted / seconds / world.size / 1e12, median(matrix)
+    # A round is what a step is where every step reads a long window.
+    plan, rounds = trainer.plan, options.warmup + options.steps
+    matrix, taken = [], []
+    for number in range(rounds):
+        if number >= options.warmup:
+            matrix.append(matrix_tflops(device))
+        taken.append([trainer.step() for _ in range(plan.long_every)])
+    matrix.append(matrix_tflops(device))
+    times = [sum(row["seconds"] for row in steps) for steps in taken]
+    seconds = median(times[options.warmup :])
+    made = _Made(case, plan)
+    work = [made.flops(number, faces) for number in range(options.warmup, rounds)]
+    counted, executed = (
+        median(flops[kind] / time for flops, time in zip(work, times[options.warmup :], strict=True)) / world.size / 1e12
+        for kind in (0, 1)
+    )
+    ceiling = median(matrix)
     gpu = devices.named(device)
-    peak_bytes = world.most(timed[-1]["peak_memory_bytes"], device)
+    peak_bytes = world.most(taken[-1][-1]["peak_memory_bytes"], device)
     row: dict[str, Any] = {
         "seconds": seconds,
-        "first_step_s": (steps or timed)[0]["seconds"],
-        "tokens_per_s": trainer.plan.step_tokens / seconds,
-        "tflops": tflops,
-        "tflops_with_recomputation": flops.executed / seconds / world.size / 1e12,
+        "first_step_s": taken[0][0]["seconds"],
+        "tokens_per_s": plan.round_tokens / seconds,
+        "tflops": counted,
+        "tflops_with_recomputation": executed,
         "matmul_tflops": ceiling,
-        "of_matmul": tflops / ceiling,
-        "of_matrix_rate": tflops / gpu.matrix_tflops if gpu else None,
+        "of_matmul": counted / ceiling,
+        "of_matrix_rate": counted / gpu.matrix_tflops if gpu else None,
         # Layers that kept their work until backward: in a distillation, in a long window.
         "kept": [faces.kept.distilling, faces.kept.reading],
         "forecast_gib": forecast(case.base, case.rope, case.config, faces.kept).peak_bytes / _GIB,
@@ -128,7 +136,7 @@ def _measured(
         "peak_gib": peak_bytes / _GIB if device.type == "cuda" else None,
         # What the allocator held for that, and a card must have.
         "reserved_gib": torch.cuda.max_memory_reserved(device) / _GIB if device.type == "cuda" else None,
-        "parts_s": _parts(faces, trainer.plan, case, device, world, seconds),
+        "parts_s": _parts(faces, case, made.round(rounds - 1, world), device, times[-1]),
     }
     if options.profile and world.leads:
         _profile(trainer, options.profile, case, device)
@@ -143,12 +151,36 @@ def matrix_tflops(device: torch.device) -> float:
     return 2 * size**3 / _median_s(lambda: torch.mm(a, b, out=out), device, repeats=15) / 1e12
 
 
-def _parts(faces: TwoFaced, plan: Plan, case: Case, device: torch.device, world: World, step_s: float) -> dict[str, float]:
+class _Made:
+    """The batches that the trainer of a case reads, made once more."""
+
+    def __init__(self, case: Case, plan: Plan) -> None:
+        self._plan, self._counter = plan, Counter(case.base, case.config)
+        stream = random_tokens(case.base, 3 * max(plan.window, plan.long_window))
+        at_once = plan.windows_at_once(case.base["hidden_size"])
+        self._batches = Batches(plan, case.config, stream, case.rope.target_length, None, at_once)
+
+    def round(self, number: int, world: World) -> list[Batch]:
+        """What this process of `world` reads in round `number`."""
+        steps = range(number * self._plan.long_every, (number + 1) * self._plan.long_every)
+        lengths = self._batches.lengths
+        return [batch for step in steps for batch in self._batches.of_step(step, world.share(lengths(step)))]
+
+    def flops(self, number: int, faces: TwoFaced) -> tuple[float, float]:
+        """FLOPs of round `number` in all processes: those that count, and with what layers that are not kept do again."""
+        counted = executed = 0.0
+        for batch in self.round(number, ALONE):
+            flops = self._counter.batch(batch)
+            kept = (faces.kept.reading if batch.is_long else faces.kept.distilling) / len(faces.layers)
+            counted += flops.counted
+            executed += flops.counted + flops.again * (1 - kept)
+        return counted, executed
+
+
+def _parts(faces: TwoFaced, case: Case, made: list[Batch], device: torch.device, taken_s: float) -> dict[str, float]:
     """Seconds of this process for the teacher alone, both faces with their losses, the optimizer; the rest is backward."""
     losses = Losses(faces, case.config.weights)
-    stream = random_tokens(case.base, 3 * max(plan.window, plan.long_window))
-    made = Batches(plan, case.config, stream, case.rope.target_length, None)
-    batches = [batch.to(device) for batch in made.of_step(0, world.share(made.lengths()))]
+    batches = [batch.to(device) for batch in made]
     optimizer = torch.optim.AdamW(faces.adapters.parameters(), lr=0.0, fused=True)
 
     @torch.no_grad()
@@ -163,7 +195,7 @@ def _parts(faces: TwoFaced, plan: Plan, case: Case, device: torch.device, world:
 
     found = {name: _median_s(work, device, 2) for name, work in (("teacher", teacher), ("forward", forward))}
     found["optimizer"] = _median_s(lambda: optimizer.step(), device, 2)
-    found["backward"] = step_s - found["forward"] - found["optimizer"]
+    found["backward"] = taken_s - found["forward"] - found["optimizer"]
     return {name: round(value, 4) for name, value in found.items()}
 
 

@@ -73,7 +73,7 @@ class Case:
         return {
             "shape": self.shape, "hidden_size": base["hidden_size"], "layers": base["num_hidden_layers"],
             "recipe": config.recipe, "window": plan.window if plan.short_windows else 0,
-            "long_window": plan.long_window if plan.long_windows else 0, "step_tokens": plan.step_tokens,
+            "long_window": plan.long_window if plan.long_windows else 0, "step_tokens": plan.round_tokens,
             "trainable": config.trainable, "rank": config.rank, "targets": [target[0] for target in config.targets],
             "dtype": config.dtype, "quantize": config.quantize, "processes": processes,
         }  # fmt: skip

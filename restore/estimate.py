@@ -32,10 +32,10 @@ def run(config: EstimateConfig) -> int:
     gpus, base = _gpus(config.gpu), read_config(resolve(config.model))
     rope = config.plan_rope(base)
     plan, needed = plan_steps(config, rope), forecast(base, rope, config)
-    flops = Counter(base, config).step(plan).counted * plan.steps
+    flops = Counter(base, config).run(plan).counted
     lengths = f"{rope.native_window:,} to {rope.target_length:,} tokens"
     console.print_table(
-        f"{config.model}, {lengths}: {plan.steps} steps of {plan.step_tokens:,} tokens",
+        f"{config.model}, {lengths}: {plan}",
         ["what", "of which, or how", "how much"],
         [
             *_sizes(base, needed),

@@ -8,8 +8,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from restore.batches import Batch
 from restore.config import RestoreConfig
-from restore.plan import Plan
+from restore.plan import Plan, cut_lengths
 from restore.rope import head_dim
 
 
@@ -40,6 +41,9 @@ class Flops:
     def __mul__(self, times: int) -> "Flops":
         return Flops(self.model * times, self.relations * times, self.again * times)
 
+    def __floordiv__(self, parts: int) -> "Flops":
+        return Flops(self.model // parts, self.relations // parts, self.again // parts)
+
 
 @dataclass(frozen=True)
 class Counter:
@@ -48,12 +52,29 @@ class Counter:
     base: Mapping[str, Any]
     config: RestoreConfig
 
-    def step(self, plan: Plan) -> Flops:
-        """One optimizer step: every window of it, forward and backward."""
-        return self.distilled(plan.window) * plan.short_windows + self.read(plan.long_window) * plan.long_windows
+    def run(self, plan: Plan) -> Flops:
+        """Every step of a run, forward and backward."""
+        return self.distilling(plan) + self.reading(plan)
+
+    def distilling(self, plan: Plan) -> Flops:
+        """All windows that are distilled; those that are cut, in the mean over the lengths of their texts."""
+        windows, lengths = plan.steps * plan.short_windows, cut_lengths(plan.window)
+        cut = round(windows * self.config.cut)
+        whole = self.distilled(plan.window) * (windows - cut)
+        texts = (self.distilled(length) * (plan.window // length) for length in lengths)
+        return sum(texts, Flops()) * cut // len(lengths) + whole
+
+    def reading(self, plan: Plan) -> Flops:
+        """All long windows."""
+        return self.read(plan.long_window) * sum(map(plan.long_in, range(plan.steps)))
+
+    def batch(self, batch: Batch) -> Flops:
+        """One forward pass and its backward."""
+        texts, tokens = batch.ids_BT.shape
+        return (self.read(tokens) if batch.is_long else self.distilled(tokens)) * texts
 
     def distilled(self, tokens: int, trains: bool = True) -> Flops:
-        """A window that both faces read; without backward when it does not train.
+        """A text that both faces read; without backward when it does not train.
 
         A window that the student reads with jumps compares less than is counted here.
         """

@@ -1,6 +1,6 @@
 """How much memory a run takes, told before it starts: a training step on tensors that have shapes but no contents.
 
-The step is the trainer's own, run under PyTorch's FakeTensorMode on models of two and three layers; memory grows by the same
+The step is the trainer's own, run under PyTorch's FakeTensorMode on models of three and four layers; memory grows by the same
 amount with every further layer, and beyond some length with every further token. Nothing is computed and nothing of the
 model's size is allocated, so a forecast takes seconds for any model, and it follows every change of the training step.
 """
@@ -26,7 +26,7 @@ from restore.plan import plan_steps
 from restore.quantize import QuantizedLinear, quantize
 from restore.rope import RopePlan
 
-_FEW, _MORE = 2, 3
+_FEW, _MORE = 3, 4
 # More tokens are extrapolated from so many and half of them. By then a layer's work outweighs a chunk of logits, even of a
 # small model with a large vocabulary; from fewer tokens the line would be too flat.
 _LONGEST_MEASURED = 131_072
@@ -140,7 +140,9 @@ def _measure(
             return int(peak.bytes)
 
         distil = partial(peak_bytes, losses.distil)
-        distilling = _extrapolated(distil, plan.windows_at_once, plan.window) if plan.short_windows else 0
+        distilling = (
+            _extrapolated(distil, plan.windows_at_once(int(base["hidden_size"])), plan.window) if plan.short_windows else 0
+        )
         reading = _extrapolated(partial(peak_bytes, read), 1, plan.long_window) if plan.long_windows else 0
     return weights, BYTES_PER_TRAINED * trained, distilling, reading
 

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from restore.adapters import Adapters
 from restore.config import RestoreConfig
+from restore.norms import fuse
 from restore.recompute import KeptRows, Outputs, Present, recomputed
 from restore.relations import Relations, Sink, Taken, hook
 from restore.rope import RopePlan
@@ -44,13 +45,14 @@ class TwoFaced:
     kept = Kept()
 
     def __init__(self, model: PreTrainedModel, plan: RopePlan, config: RestoreConfig, shards: "Shards | None" = None) -> None:
-        """Hook the model's attention, attach adapters and build both rotary tables with transformers' own module.
+        """Hook the model's attention, fuse its norms, attach adapters and build both rotary tables by transformers' own module.
 
         `shards` are the model's layers where their weights are spread over several processes.
         """
         self.model, self.shards = model, shards
         self.adapters = Adapters(model, config)
         hook(model)
+        fuse(model)
         model.train(False)
         rotary, config_class = type(model.model.rotary_emb), type(model.config)
         base = model.config.to_dict()

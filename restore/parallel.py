@@ -70,6 +70,9 @@ ALONE = World()
 @contextmanager
 def joined(device_type: str) -> Iterator[World]:
     """The world that torchrun started this process in, or a world of one; only the process that leads is heard."""
+    if device_type == "cuda" and not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+        # Windows of two kinds by turns leave holes in memory of fixed blocks: 78 GiB were held for a peak of 65 (7B, H100).
+        torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
         yield ALONE

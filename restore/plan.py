@@ -15,33 +15,69 @@ _LONG_WINDOW_FACTOR = 8
 _RATE, _RATE_WIDTH, _RATE_POWER, _FULL_RATE = 1e-3, 576, 0.781, 0.3
 
 
+# Hidden states of one pass, tokens times width, beyond which more of them at once make nothing faster.
+_PASS_CHANNELS = 1 << 24
+# Lengths of what people ask in a sentence to a page; a native window has few places with as little in front of them.
+_CUT_TOKENS = (64, 128, 256, 512, 1024)
+
+
 @dataclass(frozen=True)
 class Plan:
-    """The shape of a run: windows of each kind in one optimizer step, and how many steps."""
+    """The shape of a run: windows of each kind in one optimizer step, and how many steps.
+
+    Every step distils `short_windows`. The first of every `long_every` steps reads `long_windows` as well.
+    """
 
     window: int
     short_windows: int
     long_window: int
     long_windows: int
     steps: int
+    long_every: int = 1
+
+    def __str__(self) -> str:
+        parts = [f"{self.short_windows} x {self.window:,} tokens to distil"] if self.short_windows else []
+        if self.long_windows:
+            when = f" in every {self.long_every} steps" if self.long_every > 1 else ""
+            parts.append(f"{self.long_windows} x {self.long_window:,} tokens to read{when}")
+        return f"{self.steps} steps of {' and '.join(parts)}"
+
+    def long_in(self, step: int) -> int:
+        """Long windows of step number `step`, counted from 0."""
+        return 0 if step % self.long_every else self.long_windows
+
+    def tokens_in(self, step: int) -> int:
+        """Tokens that step number `step` reads."""
+        return self.window * self.short_windows + self.long_window * self.long_in(step)
 
     @property
-    def step_tokens(self) -> int:
-        return self.window * self.short_windows + self.long_window * self.long_windows
+    def round_tokens(self) -> int:
+        """Tokens of `long_every` steps."""
+        return self.window * self.short_windows * self.long_every + self.long_window * self.long_windows
 
-    @property
-    def windows_at_once(self) -> int:
-        """Distillation windows of one pass: as many as take the memory that a long window takes anyway.
+    def steps_within(self, tokens: int) -> int:
+        """Most steps that read no more than `tokens`, but at least one."""
+        rounds, left = divmod(tokens, self.round_tokens)
+        more = 0
+        while left >= self.tokens_in(more):
+            left -= self.tokens_in(more)
+            more += 1
+        return max(1, rounds * self.long_every + more)
 
-        A distillation keeps two hidden states a layer, of teacher and student. A small model in short windows spends most of
-        its time between kernels; fewer, larger passes spare that.
+    def windows_at_once(self, hidden_size: int) -> int:
+        """Distillation windows of one pass over a model so wide.
+
+        A small model in short windows spends most of its time between kernels; fewer, larger passes spare that, up to a size
+        that keeps any GPU busy. What stays of a pass until backward grows with its windows, and stays small by the same bound.
         """
-        fit = self.long_window // (2 * self.window) if self.long_windows else 1
-        return max(1, min(fit, self.short_windows))
+        return max(1, min(_PASS_CHANNELS // (self.window * hidden_size), self.short_windows))
 
 
 def plan_steps(config: RestoreConfig, rope: RopePlan) -> Plan:
     """Fill an optimizer step with distillation and language-model windows.
+
+    Where one long window is more than its share of a step, not every step has one: many small steps teach more than few large
+    ones (docs/decisions/0001-default-recipe.md).
 
     Raises:
         UsageError: a window longer than the teacher or the target reads.
@@ -55,15 +91,24 @@ def plan_steps(config: RestoreConfig, rope: RopePlan) -> Plan:
     reads_long = config.reads_long and config.long_share > 0
     if not config.distils and not reads_long:
         raise UsageError("long_share = 0 leaves nothing to train: every objective needs long windows")
+    long_windows, long_every, short_windows = 0, 1, 0
     if not config.distils:
-        short_windows, long_windows = 0, max(1, round(config.batch_tokens / long_window))
+        long_windows = max(1, round(config.batch_tokens / long_window))
     else:
-        long_windows = max(1, round(config.batch_tokens * config.long_share / long_window)) if reads_long else 0
-        # One long window can be more than its share of a step: the distillation windows keep the proportion.
-        distilled = long_windows * long_window * (1 / config.long_share - 1) if long_windows else config.batch_tokens
+        distilled: float = config.batch_tokens
+        if reads_long:
+            share = config.long_share
+            long_windows = max(1, round(config.batch_tokens * share / long_window))
+            long_every = max(1, round(long_window / (config.batch_tokens * share)))
+            distilled = long_windows * long_window / long_every * (1 / share - 1)
         short_windows = max(1, round(distilled / window))
-    plan = Plan(window, short_windows, long_window, long_windows, steps=1)
-    return replace(plan, steps=config.steps or max(1, config.tokens // plan.step_tokens))
+    plan = Plan(window, short_windows, long_window, long_windows, 1, long_every)
+    return replace(plan, steps=config.steps or plan.steps_within(config.tokens))
+
+
+def cut_lengths(window: int) -> list[int]:
+    """Tokens of the short texts that a window may be cut into; all texts of one window are alike."""
+    return [length for length in _CUT_TOKENS if length < window] or [max(1, window // 2)]
 
 
 def peak_rate(config: RestoreConfig, hidden_size: int) -> float:

@@ -55,15 +55,15 @@ class Speeds:
         """Time of a run on one `gpu`: windows of each kind at the share that such windows reach."""
         counter, parts = Counter(base, config), []
         if plan.short_windows:
-            parts.append((plan.window, True, counter.distilled(plan.window) * plan.short_windows))
+            parts.append((plan.window, True, counter.distilling(plan)))
         if plan.long_windows:
-            parts.append((plan.long_window, False, counter.read(plan.long_window) * plan.long_windows))
+            parts.append((plan.long_window, False, counter.reading(plan)))
         seconds, sources = 0.0, []
         for window, distils, flops in parts:
             share = self.share(gpu, int(base["hidden_size"]), config, window, distils)
-            seconds += plan.steps * flops.counted / (share.value * gpu.matrix_tflops * 1e12)
+            seconds += flops.counted / (share.value * gpu.matrix_tflops * 1e12)
             sources.append(share.source)
-        return Training(seconds, counter.step(plan).counted * plan.steps, tuple(dict.fromkeys(sources)))
+        return Training(seconds, counter.run(plan).counted, tuple(dict.fromkeys(sources)))
 
     def share(self, gpu: Gpu, hidden_size: int, config: RestoreConfig, window: int, distils: bool) -> Share:
         """The share that the most alike of the measured steps reached: on this GPU if it has any, then by width and window."""

@@ -59,14 +59,15 @@ class Trainer:
         config = config.model_copy(update={"learning_rate": self.peak_rate})
         self._faces, self._config, self._folder, self._world = faces, config, folder, world
         self._losses = Losses(faces, config.weights)
-        self._batches = Batches(self.plan, config, train, rope.target_length, weaver)
+        at_once = self.plan.windows_at_once(faces.model.config.hidden_size)
+        self._batches = Batches(self.plan, config, train, rope.target_length, weaver, at_once)
         self._validation = validation_batches(self.plan, config, validation, weaver)
         self._parameters = faces.adapters.state()
         self._optimizer = torch.optim.AdamW(
             self._parameters.values(), lr=self.peak_rate, weight_decay=config.weight_decay, fused=True
         )
         self._device = faces.model.device
-        self._tflop = Counter(faces.model.config.to_dict(), config).step(self.plan).counted / world.size / 1e12
+        self._counter = Counter(faces.model.config.to_dict(), config)
         self._gpu = devices.named(self._device)
         self._fingerprint = _fingerprint(config, train, validation) | {"processes": world.size}
         self._state = RunState(0, 0, math.inf, best_step=-1, best_loss=math.inf, fingerprint=self._fingerprint)
@@ -142,14 +143,16 @@ class Trainer:
         for group in self._optimizer.param_groups:
             group["lr"] = rate
         self._optimizer.zero_grad(set_to_none=True)
-        values, layer_kl = self._accumulate(number)
+        batches = list(self._batches.of_step(number, self._world.share(self._batches.lengths(number))))
+        values, layer_kl = self._accumulate(batches, self.plan.long_in(number))
         norm = float(torch.nn.utils.clip_grad_norm_(self._parameters.values(), self._config.max_grad_norm))
         loss = sum(self._config.weights[name] * value for name, value in values.items())
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise NumericsError(self._save_bad_batch(number, loss, norm))
         self._optimizer.step()
-        self._state = replace(self._state, step=number + 1, tokens=self._state.tokens + self.plan.step_tokens)
+        self._state = replace(self._state, step=number + 1, tokens=self._state.tokens + self.plan.tokens_in(number))
         seconds = time.monotonic() - started
+        tflops = sum(self._counter.batch(batch).counted for batch in batches) / seconds / 1e12
         return {
             "step": self._state.step,
             "tokens": self._state.tokens,
@@ -159,16 +162,15 @@ class Trainer:
             "grad_norm": norm,
             "learning_rate": rate,
             "seconds": seconds,
-            "tokens_per_s": self.plan.step_tokens / seconds,
-            "tflops": self._tflop / seconds,
-            **({} if self._gpu is None else {"of_matrix_rate": self._tflop / seconds / self._gpu.matrix_tflops}),
+            "tokens_per_s": self.plan.tokens_in(number) / seconds,
+            "tflops": tflops,
+            **({} if self._gpu is None else {"of_matrix_rate": tflops / self._gpu.matrix_tflops}),
             "peak_memory_bytes": _peak_memory_bytes(self._device),
         }
 
-    def _accumulate(self, number: int) -> tuple[dict[str, float], list[float]]:
-        """Backward through every window of step `number`; mean of each objective and of each layer's relation KL."""
-        sums, layer_kl = self._zeros()
-        batches = list(self._batches.of_step(number, self._world.share(self._batches.lengths())))
+    def _accumulate(self, batches: Sequence[Batch], long_windows: int) -> tuple[dict[str, float], list[float]]:
+        """Backward through this process's part of a step; mean of each objective and of each layer's relation KL."""
+        sums, layer_kl = self._zeros(long_windows)
         for batch in self._together(batches, trains=True):
             loss, parts, layers = self._losses.of(batch)
             torch.autograd.backward(loss * batch.share)
@@ -188,16 +190,16 @@ class Trainer:
             assert shards is not None
             shards.idle(trains)
 
-    def _zeros(self) -> tuple[dict[str, Tensor], Tensor]:
+    def _zeros(self, long_windows: int) -> tuple[dict[str, Tensor], Tensor]:
         """A sum for every objective in use, and one for every layer where relations are compared."""
-        used = [name for name in self._config.weights if (self.plan.long_windows if name in LONG else self.plan.short_windows)]
+        used = [name for name in self._config.weights if (long_windows if name in LONG else self.plan.short_windows)]
         layers = len(self._faces.layers) if self.plan.short_windows and self._losses.compares_relations else 0
         return {name: torch.zeros((), device=self._device) for name in used}, torch.zeros(layers, device=self._device)
 
     @torch.no_grad()
     def _validate(self) -> dict[str, Any]:
         """Objectives on the held-out windows; keeps the weights when they are the best so far."""
-        sums, layer_kl = self._zeros()
+        sums, layer_kl = self._zeros(self.plan.long_windows)
         mine = self._world.share([batch.ids_BT.shape[1] for batch in self._validation])
         for batch in self._together([self._validation[at] for at in mine], trains=False):
             _, parts, layers = self._losses.of(batch)
@@ -252,7 +254,7 @@ class Trainer:
     def _save_bad_batch(self, number: int, loss: float, norm: float) -> str:
         """Keep the windows that broke the step, and say so in one line."""
         path = self._folder / f"bad-batch-step-{number + 1}.json"
-        batches = self._batches.of_step(number, range(len(self._batches.lengths())))
+        batches = self._batches.of_step(number, range(len(self._batches.lengths(number))))
         path.write_text(json.dumps([window for batch in batches for window in batch.ids_BT.tolist()]), encoding="utf-8")
         return (
             f"step {number + 1}: loss {loss}, gradient norm {norm}; the weights were not changed. "

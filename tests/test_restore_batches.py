@@ -24,7 +24,7 @@ def batches(weaver: Weaver | None = None, **values: Any) -> Batches:
     fields = {"model": "m", "target_length": 512, "data": ("x",), "out": "o", "window": 64, "batch_tokens": 1024, **values}
     config = RestoreConfig.model_validate(fields)
     rope = plan_rope(BASE, config.target_length)
-    return Batches(plan_steps(config, rope), config, STREAM, rope.target_length, weaver)
+    return Batches(plan_steps(config, rope), config, STREAM, rope.target_length, weaver, at_once=4)
 
 
 def rows(found: list[Batch]) -> list[tuple[int, ...]]:
@@ -34,16 +34,16 @@ def rows(found: list[Batch]) -> list[tuple[int, ...]]:
 @pytest.mark.parametrize(("recipe", "share"), [("default", 0.5), ("distill", 0.5), ("linearard", 0.0), ("longred", 0.0)])
 def test_only_recipes_of_our_own_cut_windows_unless_told(recipe: str, share: float) -> None:
     made = batches(recipe=recipe, window=128, long_window=512)
-    found = [batch for step in range(4) for batch in made.of_step(step, range(len(made.lengths()))) if not batch.is_long]
+    found = [batch for step in range(4) for batch in made.of_step(step, range(len(made.lengths(step)))) if not batch.is_long]
     assert sum(batch.share for batch in found if batch.ids_BT.shape[1] < 128) == pytest.approx(4 * share)
     told = batches(recipe=recipe, window=128, long_window=512, cut_share=0)
-    assert all(batch.ids_BT.shape[1] in (128, 512) for batch in told.of_step(0, range(len(told.lengths()))))
+    assert all(batch.ids_BT.shape[1] in (128, 512) for batch in told.of_step(0, range(len(told.lengths(0)))))
 
 
 def test_shares_of_each_kind_make_a_whole_and_processes_share_the_same_windows() -> None:
     made = batches(jump_share=0.25, long_window=512)
-    count = len(made.lengths())
-    assert made.lengths() == [512] + [64] * 8
+    count = len(made.lengths(3))
+    assert made.lengths(3) == [512] + [64] * 8
     whole = list(made.of_step(3, range(count)))
     for is_long in (False, True):
         assert sum(batch.share for batch in whole if batch.is_long is is_long) == pytest.approx(1)

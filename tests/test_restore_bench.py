@@ -42,8 +42,12 @@ def test_a_run_measures_real_steps_and_is_added_to_the_file(tmp_path: Path, monk
     assert (mixed["window"], mixed["long_window"], mixed["step_tokens"]) == (64, 512, 1024)
     assert (read["window"], read["long_window"], read["rank"]) == (0, 64, 4)
     config = Case("tiny", 64, {"recipe": "default", "rank": 4, "batch_tokens": 256}).config
-    counted = Counter(SHAPES["tiny"], config).step(plan_steps(config, config.plan_rope(Case("tiny", 64, {}).base))).counted
-    assert mixed["tflops"] * mixed["seconds"] * 1e12 == pytest.approx(counted, rel=2e-3)
+    plan, counter = plan_steps(config, config.plan_rope(Case("tiny", 64, {}).base)), Counter(SHAPES["tiny"], config)
+    assert plan.long_every == 4
+    # Half of the windows are cut in two.
+    counted = counter.read(512) + counter.distilled(64) * 4 + counter.distilled(32) * 8
+    assert mixed["tflops"] * mixed["seconds"] * 1e12 == pytest.approx(counted.counted, rel=2e-3)
+    assert mixed["tflops_with_recomputation"] * mixed["seconds"] * 1e12 == pytest.approx(counted.executed, rel=2e-3)
     assert mixed["of_matmul"] == pytest.approx(mixed["tflops"] / mixed["matmul_tflops"], rel=2e-3)
     assert mixed["forecast_gib"] > read["forecast_gib"] > 0
     assert mixed["parts_s"].keys() == {"teacher", "forward", "backward", "optimizer"}

@@ -51,14 +51,14 @@ def test_each_kind_of_window_takes_its_time_at_the_rate_that_was_measured_for_it
     counter = Counter(MIXED.base, MIXED.config)
     plan = plan_steps(MIXED.config, MIXED.rope)
     assert (plan.window, plan.long_window) == (4096, 32_768)
-    distilled, read = plan.short_windows * counter.distilled(4096).counted, plan.long_windows * counter.read(32_768).counted
-    assert seconds(tmp_path) == pytest.approx(10 * (distilled / 400e12 + read / 500e12))
+    distilled, read = counter.distilling(plan).counted, counter.reading(plan).counted
+    assert seconds(tmp_path) == pytest.approx(distilled / 400e12 + read / 500e12)
     said = Speeds(tmp_path).training(H100, MIXED.base, MIXED.config, plan)
     assert said.sources == (
         "measured with 7b and 4,096 tokens (engine-H100.json)",
         "measured with 7b and 32,768 tokens (engine-H100.json)",
     )
-    assert said.of_rate(H100) == pytest.approx(10 * (distilled + read) / seconds(tmp_path) / 989.4e12)
+    assert said.of_rate(H100) == pytest.approx((distilled + read) / seconds(tmp_path) / 989.4e12)
 
 
 def test_another_gpu_lends_its_share_where_the_named_one_was_not_measured(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """The FLOP formula: what PyTorch itself counts in a real step, and what the data sheets of GPUs say."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from restore import devices
+from restore.batches import Batch
 from restore.config import RestoreConfig
 from restore.flops import Counter, Flops
 from restore.inspection import read_config
@@ -92,10 +94,20 @@ def test_a_7b_models_window_by_hand() -> None:
     assert read.model == 4 * (2 * 2 * tokens * weights + learning + 2 * head) + 16 * 3 * attention
 
 
-def test_a_step_is_its_windows_and_validation_runs_forward_alone() -> None:
-    config = settings(target_length=32768)
+def test_a_run_is_its_windows_and_validation_runs_forward_alone() -> None:
+    config = settings(target_length=32768, cut_share=0, steps=10)
     plan, counter = plan_steps(config, config.plan_rope(LLAMA2_7B)), Counter(LLAMA2_7B, config)
-    assert counter.step(plan) == counter.distilled(4096) * plan.short_windows + counter.read(32768) * plan.long_windows
+    step = counter.distilled(4096) * plan.short_windows + counter.read(32768) * plan.long_windows
+    assert counter.run(plan) == step * 10
+    rare = replace(plan, long_every=4)
+    assert counter.reading(rare) == counter.read(32768) * 3
+    cut = Counter(LLAMA2_7B, settings(target_length=32768, cut_share=0.25, steps=10))
+    texts = [counter.distilled(length) * (4096 // length) for length in (64, 128, 256, 512, 1024)]
+    windows = plan.short_windows * 10
+    mean = sum(flops.counted for flops in texts) / 5
+    assert cut.distilling(plan).counted == pytest.approx(windows * (0.75 * counter.distilled(4096).counted + 0.25 * mean))
+    assert counter.batch(Batch(torch.zeros(8, 512), 1.0)) == counter.distilled(512) * 8
+    assert counter.batch(Batch(torch.zeros(1, 512), 1.0, is_long=True)) == counter.read(512)
     assert Flops(1, 2, 3) * 2 + Flops(1, 1, 1) == Flops(3, 5, 7)
     training, forward = counter.distilled(4096), counter.distilled(4096, trains=False)
     assert (forward.again, forward.relations) == (0, training.relations // 4)

@@ -73,7 +73,9 @@ def test_a_real_step_takes_what_was_forecast(
         parameter.grad = torch.zeros_like(parameter)
     with torch.profiler.profile(profile_memory=True) as profile:
         if plan.short_windows:
-            torch.autograd.backward(losses.distil(torch.ones(plan.windows_at_once, plan.window, dtype=torch.long))[0])
+            torch.autograd.backward(
+                losses.distil(torch.ones(plan.windows_at_once(base["hidden_size"]), plan.window, dtype=torch.long))[0]
+            )
         if plan.long_windows:
             torch.autograd.backward(losses.language_model(torch.ones(1, plan.long_window, dtype=torch.long))[0])
     weights = [weight for weight in faces.model.parameters() if not weight.requires_grad]
@@ -119,7 +121,7 @@ def test_more_tokens_than_are_measured_lie_on_a_line(
 ) -> None:
     """Many short windows at once, or a long one; a chunk of logits is as little of the step as in real models."""
     monkeypatch.setattr("restore.vocabulary.LOGIT_ROWS", 64)
-    monkeypatch.setattr("restore.plan.Plan.windows_at_once", windows)
+    monkeypatch.setattr("restore.plan.Plan.windows_at_once", lambda *_: windows)
     base = read_config(make_checkpoint("llama3", max_position_embeddings=2048, **SHAPE))
     config, rope = planned(base, target_length=8192, recipe=recipe, window=min(window, 2048), long_window=window)
     measured = forecast(base, rope, config)

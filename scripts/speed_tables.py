@@ -70,13 +70,18 @@ def _hopper(results: Any) -> Iterator[list[str]]:
 
 
 def _engine(results: Any) -> Iterator[list[str]]:
-    yield ["shape", "recipe", "native window", "long window", "seconds a step", "tokens/s", "share", "with recomputation",
-           "peak, GiB", "forecast, GiB"]  # fmt: skip
-    rows = [row for run in results["runs"] for row in run["rows"] if "seconds" in row and "engine" not in row]
-    for row in sorted(rows, key=lambda row: -row["hidden_size"]):
+    yield ["shape", "recipe", "native window", "long window", "layers kept", "seconds a step", "tokens/s", "share",
+           "with recomputation", "peak, GiB", "forecast, GiB"]  # fmt: skip
+    rows = [(row, "†" if "superseded" in run else "") for run in results["runs"] for row in run["rows"]
+            if "seconds" in row and "engine" not in row]  # fmt: skip
+    for row, mark in sorted(
+        rows, key=lambda row: (-row[0]["hidden_size"], row[0]["recipe"] != "default", row[0]["window"] == 0)
+    ):
+        shape = row["shape"].upper() + (f" in {row['quantize'].replace('bit', ' bit')}" if row["quantize"] else "") + mark
+        kept = " and ".join(str(count) for kind, count in zip(("window", "long_window"), row["kept"], strict=True) if row[kind])
         yield [
-            row["shape"].upper(), row["recipe"], *(f"{row[kind]:,}" if row[kind] else "" for kind in ("window", "long_window")),
-            f"{row['seconds']:.2f}", f"{row['tokens_per_s']:,.0f}", f"{row['of_matmul']:.2f}",
+            shape, row["recipe"], *(f"{row[kind]:,}" if row[kind] else "" for kind in ("window", "long_window")),
+            f"{kept} of {row['layers']}", f"{row['seconds']:.2f}", f"{row['tokens_per_s']:,.0f}", f"{row['of_matmul']:.2f}",
             f"{row['tflops_with_recomputation'] / row['matmul_tflops']:.2f}", f"{row['peak_gib']:.2f}",
             f"{row['forecast_gib']:.2f}",
         ]  # fmt: skip

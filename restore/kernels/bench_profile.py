@@ -34,7 +34,7 @@ def profile(command: list[str]) -> dict[str, Any]:
         "--print-details",
         "all",
         "--kernel-name",
-        "regex:_kernel$",
+        "regex:^_.*_kernel$",
         *sections,
     ]
     ran = subprocess.run([*ncu, *command], capture_output=True, text=True, check=False)

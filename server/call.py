@@ -143,7 +143,8 @@ def decode(body: bytes) -> dict[str, Any]:
         raise bad_request(f"the body is not usable JSON: {str(error)[:200]}", code="invalid_json") from None
     if not isinstance(fields, dict):
         raise bad_request(f"the body must be a JSON object, not {type(fields).__name__}", code="invalid_json")
-    _check_depth(fields)
+    if body.count(b"[") + body.count(b"{") > _MAX_DEPTH:  # fewer brackets cannot nest deeper; a long prompt's ids take time
+        _check_depth(fields)
     if _SURROGATE_ESCAPE.search(body):
         try:
             json.dumps(fields, ensure_ascii=False).encode()
@@ -189,11 +190,12 @@ def _prompt_size(prompt: Any) -> tuple[int, tuple[int, ...] | None]:
     if isinstance(prompt, str):
         return 1, None
     if isinstance(prompt, list) and prompt:
-        if all(type(token) is int for token in prompt):
+        types = set(map(type, prompt))
+        if types == {int}:
             return 1, (len(prompt),)
-        if all(isinstance(text, str) for text in prompt):
+        if types == {str}:
             return len(prompt), None
-        if all(isinstance(ids, list) and ids and all(type(token) is int for token in ids) for ids in prompt):
+        if types == {list} and all(set(map(type, ids)) == {int} for ids in prompt):
             return len(prompt), tuple(len(ids) for ids in prompt)
     raise bad_request("prompt must be a string, a list of strings, or a list (of lists) of token ids, and not empty", "prompt")
 

@@ -124,7 +124,7 @@ def model_card(restoration: Restoration, found: EvaluationReport | None = None, 
         parts += ["## Before and after", _PICTURES, _table(header, rows), _differences(found), how(found)]
     else:
         parts.append("Nothing was measured on this export; `ard eval` does it.")
-    parts += ["## Use", _use(restoration, measured=found is not None)]
+    parts += ["## Use", _use(restoration, found)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -218,19 +218,26 @@ def _gate(restoration: Restoration) -> str:
     return "\n".join(["### Limits that were missed", "", *(f"- {failure}" for failure in restoration.failures)])
 
 
-def _use(restoration: Restoration, measured: bool) -> str:
+def _use(restoration: Restoration, found: EvaluationReport | None) -> str:
     limit, target = restoration.served_limit, restoration.target_length
     if limit is not None:
         reach = (
             f"Up to {limit:,} tokens it meets every limit on perplexity and needles; beyond, it fails one or was not measured."
         )
+        if found and _needles_limit_nothing(found.models[0], restoration.native_window):
+            reach += " The native model finds no needles in its own window, so that finding none would have met that limit."
     else:
-        reach = f"It is not shown to be good at any length{'.' if measured else ': nothing was measured.'}"
+        reach = f"It is not shown to be good at any length{': nothing was measured.' if found is None else '.'}"
     return (
         f"{reach} config.json carries the stretched RoPE, so nothing needs to be set:\n\n```bash\n"
         f"ard serve DIR          # vLLM behind a gateway{'' if limit is None else f', up to {limit:,} tokens'}\n"
         f"vllm serve DIR         # vLLM alone, up to {target:,} tokens, whatever was measured\n```"
     )
+
+
+def _needles_limit_nothing(native: Evaluation, native_window: int) -> bool:
+    inside = [score for length, score in native.scores.needle.items() if length <= native_window]
+    return bool(inside) and not any(inside)
 
 
 def how(found: EvaluationReport) -> str:

@@ -98,11 +98,8 @@ def fit(model: Any, batches: Iterator[Tensor], seconds: float) -> int:
     model.train()
     with progress("train", round(seconds)) as bar:
         while (spent := time.monotonic() - started) < seconds:
-            done = spent / seconds
             for group in optimizer.param_groups:
-                group["lr"] = _PEAK_RATE * min(
-                    (done + 1e-3) / _WARM_UP, _FLOOR + (1 - _FLOOR) * math.cos(math.pi * done / 2) ** 2
-                )
+                group["lr"] = _rate(spent / seconds)
             ids_BT = next(batches)
             with torch.autocast(ids_BT.device.type, dtype=torch.bfloat16):
                 loss = model(ids_BT, labels=ids_BT).loss

@@ -227,6 +227,13 @@ def test_the_card_promises_no_more_than_what_was_measured(found: EvaluationRepor
     card = report.model_card(replace(restoration, served_limit=4096), found)
     assert "Up to 4,096 tokens it meets every limit" in card
     assert "gateway, up to 4,096 tokens" in card
+    assert "finds no needles" not in card
+    lost = [NeedleScore(task="single", length=restoration.native_window, depth=0.5, samples=(0.0, 0.0))]
+    blind = found.models[0].model_copy(update={"needles": tuple(lost)})
+    vacuous = report.model_card(
+        replace(restoration, served_limit=4096), found.model_copy(update={"models": (blind, *found.models[1:])})
+    )
+    assert "The native model finds no needles in its own window" in vacuous
     assert "alone, up to 8,192 tokens, whatever was measured" in card
     assert "not shown to be good at any length." in report.model_card(restoration, found)
     unmeasured = report.model_card(restoration)

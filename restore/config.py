@@ -70,7 +70,7 @@ class RestoreConfig(Settings):
     long_window: PositiveInt | None = Field(
         None, description="tokens of a long window; the target length, at most eight native windows, when not given"
     )
-    long_share: float = Field(0.5, ge=0, le=1, description="share of a step's tokens in language-model windows")
+    long_share: float = Field(0.5, ge=0, le=1, description="share of all tokens in long windows")
     jump_share: float = Field(
         0.0, ge=0, le=1, description="share of the distillation windows that the student reads at far, jumping positions"
     )
@@ -100,8 +100,8 @@ class RestoreConfig(Settings):
         0.05, gt=0, lt=0.5, description="share of the documents held out to choose the best weights"
     )
     validation_windows: PositiveInt = Field(4, description="held-out windows of one validation")
-    validation_every: PositiveInt = Field(10, description="steps between validations")
-    checkpoint_every: PositiveInt = Field(10, description="steps between checkpoints")
+    validation_every: PositiveInt = Field(20, description="steps between validations")
+    checkpoint_every: PositiveInt = Field(20, description="steps between checkpoints")
     resume: bool = Field(False, description="go on from the newest checkpoint in OUT")
     resume_changed: bool = Field(
         False, description="with resume: go on although settings, data or the thread count differ from the checkpoint's"

@@ -13,8 +13,6 @@ _LONG_WINDOW_FACTOR = 8
 # The rate and the width it was found at (SmolLM2-135M), and how the best rate of LoRA falls with the width of Llama models, by
 # Schulman et al., "LoRA Without Regret" (2025). Full-rank deltas want less.
 _RATE, _RATE_WIDTH, _RATE_POWER, _FULL_RATE = 1e-3, 576, 0.781, 0.3
-
-
 # Hidden states of one pass, tokens times width, beyond which more of them at once make nothing faster.
 _PASS_CHANNELS = 1 << 24
 # Lengths of what people ask in a sentence to a page; a native window has few places with as little in front of them.

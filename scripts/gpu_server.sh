@@ -8,6 +8,7 @@
 #   overhead   64 streams straight and through the gateway, in turns            -> OUT_DIR/server-overhead-gpu.json (6 minutes)
 #   long       MODEL at 65,536 tokens, prompts to the window, four at once      -> OUT_DIR/server-long.json (8 minutes)
 #   tp2        the same on two GPUs with --tensor-parallel-size 2               -> OUT_DIR/server-tp2.json (8 minutes)
+# On H100s with vLLM 0.23 every step has run; S22 of the faults alone has not come to its end there. The results: docs/results/server-*-h100.json.
 # All of it side by side in one call, with one engine for the load test: scripts/gpu_serving.sh.
 # COMMIT=$(git rev-parse HEAD) of the copied tree goes into the results. vLLM comes with ../shared/gpu/pack_vllm.sh; its folder goes on PYTHONPATH as well, before this one. Run from the repository's root.
 # Its list (../shared/gpu/vllm-gpu.txt) has fastapi, httptools, pydantic, starlette and uvicorn, which we need, but not uvloop, rich,

@@ -1,9 +1,10 @@
-"""What the gateway costs: `python tests/bench_server.py docs/results/server-overhead.json scripted | real MODEL | start MODEL`.
+"""What the gateway costs: `python tests/bench_server.py docs/results/server-overhead.json SECTION`, one of
 
-`real MODEL --engine URL` measures a vLLM that runs already, keyless, instead of starting one.
-The same engine straight and through a gateway that is attached to it, in turns: 64 streams of users who come when they come,
-64 at the same instant, one light request at a time. With the scripted engine, whose own time does not blur the figures, or with
-a real vLLM. `start` compares the time from the start of the process to its being ready.
+scripted       the same scripted engine, whose own time does not blur the figures, straight and through a gateway attached to
+               it, in turns: 64 streams of users who come when they come, 64 at the same instant, one light request at a time
+long           the same with one request after another, of up to 60K token ids
+real MODEL     64 streams on a real vLLM; with --engine URL on one that runs already, keyless, instead of starting one
+start MODEL    the time from the start of the process to its being ready
 """
 
 import argparse
@@ -25,7 +26,7 @@ import httpx
 import psutil
 import uvloop
 from helpers_bench import Streams, burst, circumstances, closed_loop, real_body, scripted_body, spread, write
-from helpers_server import ENGINE_KEY, FAKE_ENGINE, NO_TLS, free_port, gateways, running_engine
+from helpers_server import ENGINE_KEY, FAKE_ENGINE, NO_TLS, free_port, gateways, running_engine, write_model
 
 from server.config import ServeConfig
 from server.upstream import Upstream
@@ -33,6 +34,7 @@ from server.upstream import Upstream
 _STREAMS = 64
 _LIGHT_REQUESTS = 400
 _POLL_S = 0.1
+_PROMPT_LENGTHS, _WARM_UP = (8, 8_192, 61_440), 10
 _VLLM: tuple[str, ...] = ServeConfig.model_fields["engine_command"].default
 _FLAGS = ("--enforce-eager", "--no-enable-prefix-caching")
 _KV_GIB = 0.5
@@ -131,6 +133,45 @@ def scripted(repeats: int) -> dict[str, Any]:
         return {"load": "64 streams of 100 events, one each 20 ms"} | results
 
 
+def long_prompts(repeats: int) -> dict[str, Any]:
+    """What a prompt's length costs on the way: one request at a time, straight and through the gateway in turns."""
+
+    async def all_lengths(engine: str, gateway: str, process: psutil.Process) -> dict[str, Any]:
+        with closing(Upstream(engine, ENGINE_KEY)) as straight, closing(Upstream(gateway, "")) as through:
+            return {str(tokens): await one_length(tokens, straight, through, process) for tokens in _PROMPT_LENGTHS}
+
+    async def one_length(tokens: int, straight: Upstream, through: Upstream, process: psutil.Process) -> dict[str, Any]:
+        sides = Streams(), Streams()
+        used_s = 0.0
+        for number in range(_WARM_UP + repeats):
+            body = long_body(tokens)
+            await sides[0].one(straight, body)
+            before_s = sum(process.cpu_times()[:2])
+            await sides[1].one(through, body)
+            used_s += sum(process.cpu_times()[:2]) - before_s if number >= _WARM_UP else 0
+        engine_ms, gateway_ms = (side.ttft_ms[_WARM_UP:] for side in sides)
+        added_ms = [b - a for a, b in zip(engine_ms, gateway_ms, strict=True)]
+        figures = {"straight": spread(engine_ms), "gateway": spread(gateway_ms), "gateway_adds": spread(added_ms)}
+        return {"body_bytes": len(long_body(tokens)), **figures, "cpu_ms_per_request": round(1e3 * used_s / repeats, 2)}
+
+    with tempfile.TemporaryDirectory() as name:
+        model = write_model(Path(name) / "tiny", max_position_embeddings=1 << 16)
+        window = {"model": str(model), "served_model_name": "tiny", "max_model_len": 1 << 16}
+        with both(FAKE_ENGINE, '{"blocks": 8000, "window": 65536}', **window) as scene:
+            results = uvloop.run(all_lengths(*scene))
+    return {
+        "load": "one request after another, prompts as token ids",
+        "repeats": repeats,
+        "units": "ms to the first event",
+    } | results
+
+
+def long_body(tokens: int) -> bytes:
+    """A stream of the scripted engine behind a prompt of so many ids, of as many digits as most of a vocabulary have."""
+    prompt = [random.randrange(10_000, 50_000) for _ in range(tokens)]
+    return json.dumps({"prompt": prompt, "max_tokens": 8, "stream": True, "user": '{"tokens": 2}'}).encode()
+
+
 def real(model: Path, running: str | None, tokens: int, seconds: float, repeats: int) -> dict[str, Any]:
     """With a real vLLM, the one at the address `running` or one of our own: 64 streams of `tokens`, at its speed."""
     fields: dict[str, Any] = {"model": str(model), "max_model_len": 512}
@@ -221,7 +262,7 @@ def main() -> None:
     """Measure one section and put it into the results file, beside those that are there."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
-    parser.add_argument("what", choices=("scripted", "real", "start"))
+    parser.add_argument("what", choices=("scripted", "long", "real", "start"))
     parser.add_argument("model", type=Path, nargs="?")
     parser.add_argument("--engine", metavar="URL", help="a vLLM that runs the model already, with room for 64 requests")
     parser.add_argument("--seconds", type=float, default=12, help="length of each turn against a real vLLM")
@@ -232,7 +273,9 @@ def main() -> None:
     os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count()))
     sections = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {}
     section = circumstances(("httptools", "uvicorn", "uvloop", "fastapi"))
-    if what == "scripted" or model is None:
+    if what == "long":
+        section |= long_prompts(repeats=100)
+    elif what == "scripted" or model is None:
         section |= scripted(repeats=5)
     elif what == "start":
         section |= starts(model, repeats=given.repeats)

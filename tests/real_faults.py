@@ -49,10 +49,11 @@ def run_rows(scene: Scene, only: set[str]) -> Iterator[dict[str, Any]]:
     for row in ROWS:
         if only and row.name not in only:
             continue
-        started = time.monotonic()
+        started, ended = time.monotonic(), None
         try:
             seen, passed = row.check(scene), True
-        except Exception as error:  # noqa: BLE001 - whatever went wrong is the result
+        except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - whatever went wrong is the result
+            ended = error if isinstance(error, KeyboardInterrupt) else None
             where = traceback.extract_tb(error.__traceback__)[-1]
             seen, passed = f"{type(error).__name__}: {error} (line {where.lineno} of {Path(where.filename).name})"[:600], False
         seconds = round(time.monotonic() - started, 2)
@@ -64,6 +65,8 @@ def run_rows(scene: Scene, only: set[str]) -> Iterator[dict[str, Any]]:
             print(text[-20_000:], flush=True)
         yield result | {"date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")}
         print(f"{row.name:4} {'passed' if passed else 'FAILED'} {seconds:7.2f} s  {seen}", flush=True)
+        if ended:
+            raise ended
 
 
 def telling_lines(log: list[str]) -> list[str]:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+from numpy.typing import NDArray
 from pydantic import Field
 
 from ard_serve import console
@@ -19,6 +20,8 @@ from loadtests.units import short_ms
 Verdict = Literal["worse", "better", "same", "unclear"]
 _RESAMPLES = 4000
 _FEWEST = 4
+# Two runs of one server on an H100, each cell visited once: 16 of 36 latencies apart beyond their intervals.
+_ONE_VISIT = "what a machine changes between two visits is in no interval there, measure both again with --repeats 3"
 # The tasks follow from the seed and the depths: of other tasks no answers pair up, and nothing lost would be seen.
 _SAME_SETTINGS = ("output_tokens", "arrival", "needle", "needle_keys", "seed", "depths")
 _LATENCIES: dict[str, Callable[[RequestRecord], float | None]] = {
@@ -57,13 +60,14 @@ class Difference(Record):
 
 
 class Comparison(Record):
-    """All figures of all shared cells."""
+    """All figures of all shared cells; `visited_once` are those to which either run came for one repeat only."""
 
     base: str
     other: str
     differences: list[Difference]
     only_in_one: list[str]
     refused: list[str]
+    visited_once: list[str]
     died: bool = False
 
 
@@ -86,6 +90,7 @@ def run(config: CompareConfig) -> int:
     told = [", ".join(f"{count} {verdict}" for verdict, count in counted.most_common())]
     told += [f"refused: {', '.join(comparison.refused)}"] if comparison.refused else []
     told += [f"in one run only: {', '.join(comparison.only_in_one)}"] if comparison.only_in_one else []
+    told += [f"visited only once: {_listed(comparison)}; {_ONE_VISIT}"] if comparison.visited_once else []
     console.err.print("; ".join(told), highlight=False, soft_wrap=True)
     if config.out:
         write_text(config.out, comparison.model_dump_json(indent=1))
@@ -98,6 +103,12 @@ def run(config: CompareConfig) -> int:
     if comparison.died:
         raise QualityGateError(f"{comparison.other}: its server died, which that of {comparison.base} did not")
     return 0
+
+
+def _listed(comparison: Comparison) -> str:
+    """The cells that were visited once, by name where others were not."""
+    cells = {difference.cell for difference in comparison.differences}
+    return ", ".join(comparison.visited_once) if cells - {*comparison.visited_once} else "every cell"
 
 
 def _shown(difference: Difference, value: float) -> str:
@@ -131,13 +142,18 @@ def compare(config: CompareConfig) -> Comparison:
         if name not in refused
         for difference in _cell(mine[name], yours[name], _measured(base, name), _measured(other, name), config)
     ]
+    once = [name for name in shared if name not in refused and min(_visits(base, name), _visits(other, name)) < 2]
     return Comparison(base=str(config.base), other=str(config.other), differences=differences,
                       only_in_one=sorted(mine.keys() ^ yours.keys()), refused=refused,
-                      died=other.status == "server_died" != base.status)  # fmt: skip
+                      died=other.status == "server_died" != base.status, visited_once=once)  # fmt: skip
 
 
 def _measured(result: RunResult, cell: str) -> list[RequestRecord]:
     return [record for record in result.requests if record.cell == cell and record.role == "measured"]
+
+
+def _visits(result: RunResult, cell: str) -> int:
+    return len({record.repeat for record in _measured(result, cell)})
 
 
 def _cell(
@@ -184,23 +200,43 @@ def _scheduled_ms(record: RequestRecord) -> float | None:
     return None if record.e2e_ms is None else 1000 * (record.end_s - record.planned_s)
 
 
-def _values(records: Sequence[RequestRecord], pick: Callable[[RequestRecord], float | None]) -> list[float]:
-    return [value for record in records if record.outcome == "ok" and (value := pick(record)) is not None]
+def _values(records: Sequence[RequestRecord], pick: Callable[[RequestRecord], float | None]) -> list[list[float]]:
+    """A figure of each request that ended well, a list for each visit to the cell."""
+    visits: dict[int, list[float]] = {}
+    for record in records:
+        if record.outcome == "ok" and (value := pick(record)) is not None:
+            visits.setdefault(record.repeat, []).append(value)
+    return list(visits.values())
 
 
-def _latency(cell: str, figure: str, before: list[float], after: list[float], config: CompareConfig) -> Difference:
+def _latency(cell: str, figure: str, before: list[list[float]], after: list[list[float]], config: CompareConfig) -> Difference:
     """Bootstrap of the ratio of medians (Efron 1979), seeded; fewer than four requests a side settle nothing."""
     draw = np.random.default_rng(0)
-    medians = [
-        np.median(np.asarray(values)[draw.integers(0, len(values), (_RESAMPLES, len(values)))], axis=1)
-        for values in (before, after)
-    ]
+    ratios = _medians(draw, after) / _medians(draw, before)
     tail = (1 - config.confidence) / 2
-    low, high = (float(edge) for edge in np.quantile(medians[1] / medians[0], (tail, 1 - tail)))
-    base, other = float(np.median(before)), float(np.median(after))
-    enough = min(len(before), len(after)) >= _FEWEST
+    low, high = (float(edge) for edge in np.quantile(ratios, (tail, 1 - tail)))
+    base, other = (float(np.median(np.concatenate(visits))) for visits in (before, after))
+    enough = min(sum(map(len, visits)) for visits in (before, after)) >= _FEWEST
     verdict = judge(other / base, low, high, config.allowed) if enough else "unclear"
     return Difference(cell=cell, figure=figure, base=base, other=other, ratio=other / base, low=low, high=high, verdict=verdict)
+
+
+def _medians(draw: np.random.Generator, visits: list[list[float]]) -> NDArray[np.float64]:
+    """Medians of what might have been measured: other visits first, then other requests of each.
+
+    Requests of one visit are alike in what the machine did meanwhile, so that drawing among all of them would take its drift
+    for the server's.
+    """
+    sizes = np.array([len(visit) for visit in visits])
+    padded = np.full((len(visits), sizes.max()), np.nan)
+    for row, visit in zip(padded, visits, strict=True):
+        row[: len(visit)] = visit
+    chosen = draw.integers(0, len(visits), (_RESAMPLES, len(visits)))
+    picked = draw.integers(0, sizes[chosen][..., None], (*chosen.shape, padded.shape[1]))
+    values = padded[chosen[..., None], picked]
+    values[np.arange(padded.shape[1]) >= sizes[chosen][..., None]] = np.nan
+    flat = values.reshape(_RESAMPLES, -1)
+    return np.asarray(np.nanmedian(flat, axis=1) if np.isnan(flat).any() else np.median(flat, axis=1))
 
 
 def judge(ratio: float, low: float, high: float, allowed: float) -> Verdict:

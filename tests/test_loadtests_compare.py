@@ -44,6 +44,38 @@ def test_two_runs_of_one_server_are_the_same(tmp_path: Path, capsys: pytest.Capt
     assert "TTFT" in (tmp_path / "compared.json").read_text(encoding="utf-8")
 
 
+def drifting(folder: Path, seed: int, visits: tuple[float, ...]) -> Path:
+    """A run of which each visit to the cell found the machine at another speed."""
+    write_run(folder, 1000, seed)
+    result = RunResult.model_validate_json((folder / "result.json").read_bytes())
+    each = len(result.requests) // len(visits)
+    for n, one in enumerate(result.requests):
+        one.repeat = min(n // each, len(visits) - 1)
+        one.ttft_ms = (one.ttft_ms or 0) * visits[one.repeat]
+    (folder / "result.json").write_text(result.model_dump_json(), encoding="utf-8")
+    return folder
+
+
+def test_what_a_machine_changes_between_visits_is_no_regression(tmp_path: Path) -> None:
+    base, other = drifting(tmp_path / "a", 1, (1.0, 1.3, 1.0)), drifting(tmp_path / "b", 2, (1.3, 1.3, 1.0))
+    comparison = compare(config(base, other))
+    (ttft,) = (d for d in comparison.differences if d.figure == "TTFT")
+    assert not comparison.visited_once
+    assert ttft.ratio > 1.1
+    assert ttft.verdict == "unclear"
+    slow = drifting(tmp_path / "c", 3, (1.7, 1.8, 1.9))
+    assert {d.verdict for d in compare(config(base, slow)).differences if d.figure == "TTFT"} == {"worse"}
+
+
+def test_cells_that_were_visited_once_are_named_for_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    once = write_run(tmp_path / "a", 1000, 1), write_run(tmp_path / "b", 1000, 2)
+    assert run(config(*once)) == 0
+    assert "visited only once: every cell; what" in capsys.readouterr().err
+    twice = drifting(tmp_path / "c", 1, (1.0, 1.0)), drifting(tmp_path / "d", 2, (1.0, 1.0))
+    assert run(config(*twice)) == 0
+    assert "visited" not in capsys.readouterr().err
+
+
 def test_a_slower_server_ends_with_seven_and_the_figure(tmp_path: Path) -> None:
     base, other = write_run(tmp_path / "a", 1000, 1), write_run(tmp_path / "b", 1300, 2)
     with pytest.raises(QualityGateError, match=r"first TTFT of 1024x1: 1\.\d+ s against [\d.]+ m?s, allowed 10%") as raised:

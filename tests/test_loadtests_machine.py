@@ -1,8 +1,11 @@
 """What is said of the machine, and the memory of a server whose processes and GPUs are known."""
 
+import os
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -47,16 +50,33 @@ def test_memory_is_that_of_the_whole_process_tree() -> None:
     assert memory.take()[0] is None, "each cell starts over"
 
 
-def test_gpu_memory_is_summed_over_the_machines_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+@contextmanager
+def serving(**variables: str) -> Iterator[int]:
+    """The port of a server that was started with these variables."""
+    command = [sys.executable, "-c", _SERVER]
+    environment = os.environ | variables
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment) as process:
+        assert process.stdout is not None
+        yield int(process.stdout.readline())
+        process.communicate("")
+
+
+def test_gpu_memory_is_that_of_the_servers_gpus_or_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
     nvml = SimpleNamespace(
         NVMLError=RuntimeError, nvmlInit=lambda: None, nvmlDeviceGetCount=lambda: 2, nvmlDeviceGetHandleByIndex=int,
-        nvmlDeviceGetName=lambda index: f"GPU {index}", nvmlDeviceGetMemoryInfo=lambda index: SimpleNamespace(used=index + 5),
+        nvmlDeviceGetName=lambda index: f"GPU {index}", nvmlDeviceGetUUID=lambda index: f"GPU-{index}",
+        nvmlDeviceGetMemoryInfo=lambda index: SimpleNamespace(used=index + 5),
     )  # fmt: skip
     monkeypatch.setitem(sys.modules, "pynvml", nvml)
     memory = machine.ServerMemory(Address("http", "127.0.0.1", 9, ""))
     memory.sample()
     assert memory.take() == (None, 11)
     assert machine.describe_machine()["gpus"] == ["GPU 0", "GPU 1"]
+    for told, used in (("1", 6), ("GPU-0", 5), ("0, 1", 11), ("", 11)):
+        with serving(CUDA_VISIBLE_DEVICES=told) as port:
+            memory = machine.ServerMemory(Address("http", "127.0.0.1", port, ""))
+            memory.sample()
+        assert memory.take()[1] == used, "what others do on the other GPU is not the server's"
 
 
 def test_commit_is_marked_where_the_code_differs_from_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

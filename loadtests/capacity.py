@@ -21,11 +21,11 @@ def memory(result: RunResult) -> str:
     if peaks:
         pairs.append(("server's process tree, peak resident memory", short_bytes(max(peaks))))
     if gpu := [cell.memory.gpu_bytes for cell in result.cells if cell.memory.gpu_bytes]:
-        pairs.append(("GPU memory in use, peak", short_bytes(max(gpu))))
+        pairs.append(("GPU memory in use, peak, others' included", short_bytes(max(gpu))))
     lengths = kv.get("lengths", {})
     header = ("length", "fit at once", "preemption predicted at", "preemption seen at", "largest load without")
     body = [
-        [short_length(int(length)), *("–" if row[key] is None else str(row[key]) for key in
+        [short_length(int(length)), *("–" if row[key] is None else f"{row[key]:,}" for key in
          ("fits", "predicted_preemption_at", "observed_preemption_at", "largest_without"))]
         for length, row in lengths.items()
     ]  # fmt: skip
@@ -33,6 +33,7 @@ def memory(result: RunResult) -> str:
         "Below the line all requests hold their whole context at once. Above it some wait until others end, or, where their "
         "outputs outgrow the cache, are preempted: the engine throws a context away and computes it again."
     )
+    above = "Cells above the line: a prompt that is half read holds memory too, and is not in the prediction."
     needed, used = (
         grid(title, result.cells, pick, lambda value: f"{value:.0%}", "cost", share=True)
         for title, pick in (
@@ -44,7 +45,7 @@ def memory(result: RunResult) -> str:
         needed,
         used,
         card("What fits", plots.memory_surface(result), ceiling),
-        card("Predicted and observed use", plots.kv_predicted_and_observed(result)),
+        card("Predicted and observed use", plots.kv_predicted_and_observed(result), above),
         card("Requests that fit, by length", rows(header, body) if body else ""),
         card("Figures", facts(pairs) if pairs else ""),
     ]
@@ -69,11 +70,33 @@ def limits(result: RunResult) -> str:
         "none" if not most else f"{most}, the most tried" if most == tried.get(length) else str(most)
         for length, most in zip(lengths, fitting, strict=True)
     ]
+    missed = [_missed(result, int(length), most) for length, most in zip(lengths, fitting, strict=True)]
     best = found["longest"]
     answer = f"The longest: {short_length(best)} with {found['concurrency_at_longest']} at once." if best else "Nothing fits."
     intro = f"{answer} Asked of nine requests in ten: {', '.join(part for part in asked if part)}."
     table = rows(
         ("prompt tokens", *(short_length(int(length)) for length in lengths)),
-        [("largest concurrency within the limits", *shown)],
+        [
+            ("largest concurrency within the limits", *shown),
+            *([("what the next misses", *missed)] if any(part != "–" for part in missed) else []),
+        ],
     )
     return f'<h2>What fits your limits</h2><p>{text(intro)}</p><div class="cards">{card("", table)}</div>'
+
+
+def _missed(result: RunResult, length: int, most: int) -> str:
+    """Which limits the first cell beyond `most` requests at once does not meet, and how far; a dash where none was tried."""
+    beyond = [cell for cell in result.cells if cell.length == length and (cell.concurrency or 0) > most]
+    if not beyond:
+        return "–"
+    cell, settings = min(beyond, key=lambda cell: cell.concurrency or 0), result.settings
+    told = []
+    if set(cell.outcomes) != {"ok"} or cell.ttft_ms is None:
+        told.append("requests failed")
+    if cell.ttft_ms and settings["ttft_limit_ms"] and cell.ttft_ms.p90 > settings["ttft_limit_ms"]:
+        told.append(f"first token {short_ms(cell.ttft_ms.p90)}")
+    if cell.tpot_ms and settings["itl_limit_ms"] and cell.tpot_ms.p90 > settings["itl_limit_ms"]:
+        told.append(f"{short_ms(cell.tpot_ms.p90)} per token")
+    if cell.accuracy and settings["accuracy_limit"] and cell.accuracy.rate < settings["accuracy_limit"]:
+        told.append(f"{cell.accuracy.right} of {cell.accuracy.n} right")
+    return f"at {cell.concurrency}: {', '.join(told)}" if told else "–"

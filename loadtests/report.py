@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from typing import Any
 
 from ard_serve.errors import UsageError
 from loadtests import capacity, cost, plots
@@ -122,7 +123,7 @@ def _curves(result: RunResult) -> str:
         law = (
             f"Line: {short_ms(fit['a_ms'])} + {short_ms(1000 * fit['b_ms'])} per 1,000 tokens + {short_ms(1e6 * fit['c_ms'])} "
             f"per (1,000 tokens)², least squares on {fit['requests']} requests at concurrency {fit['concurrency']}, with the "
-            "95% band of the mean. Small dots are single requests."
+            f"95% band of the mean. {_turn(fit)}Small dots are single requests."
         )
     pictures = [
         card("Time to first token against length", plots.ttft_by_length(result), law),
@@ -137,6 +138,14 @@ def _curves(result: RunResult) -> str:
     ]  # fmt: skip
     shown = "".join(pictures)
     return f'<h2>Curves</h2><div class="cards">{shown}</div>' if shown else ""
+
+
+def _turn(fit: dict[str, Any]) -> str:
+    """From which length on the quadratic term leads, beyond the longest prompt too."""
+    if not (turn := fit["quadratic_from_tokens"]):
+        return ""
+    beyond = ", beyond what was measured" if turn > fit["curve"][-1][0] else ""
+    return f"Its last term leads from {short_number(turn)} tokens on{beyond}. "
 
 
 def _throughput_law(result: RunResult) -> str:

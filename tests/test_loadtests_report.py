@@ -2,6 +2,7 @@
 
 import csv
 import io
+import re
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -161,9 +162,20 @@ def test_open_loop_has_no_concurrency_that_fits(result: RunResult) -> None:
 def test_limits_name_the_longest_and_what_was_the_most_tried(result: RunResult) -> None:
     text = read(render(result)).text
     assert "The longest: 4K with 1 at once." in text
+    assert re.search(r"what the next misses.*at 8: first token [\d.]+ s", text, re.DOTALL), "a limit that fails is named"
     config = LoadConfig(url="http://127.0.0.1:1", ttft_limit_ms=5000)
     add_fits(result, config)
     assert "8, the most tried" in read(render(result)).text
+    add_fits(result, LoadConfig(url="http://127.0.0.1:1", accuracy_limit=0.9))
+    result.settings |= {"ttft_limit_ms": None, "accuracy_limit": 0.9}
+    assert "at 1: 7 of 8 right" in read(render(result)).text
+
+
+def test_the_law_says_where_its_last_term_leads_also_beyond_the_picture(result: RunResult) -> None:
+    result.fits["ttft"]["quadratic_from_tokens"] = 99_249
+    assert "leads from 99,249 tokens on, beyond what was measured." in read(render(result)).text
+    result.fits["ttft"]["quadratic_from_tokens"] = None
+    assert "leads from" not in read(render(result)).text
 
 
 def test_accuracy_carries_its_interval(result: RunResult) -> None:

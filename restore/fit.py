@@ -79,23 +79,26 @@ def smaller(base: Mapping[str, Any], rope: RopePlan, config: RestoreConfig, free
     first = bisect_left(range(len(choices)), True, key=fits)
     if first == len(choices):
         return "no smaller window or rank would fit: use a smaller model or another device"
-    flags = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in choices[first].items())
+    told = {name: value for name, value in choices[first].items() if name != "batch_tokens" or value != config.batch_tokens}
+    flags = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in told.items())
     return f"{flags} would fit"
 
 
 def _shrinking(config: RestoreConfig, plan: Plan) -> Iterator[dict[str, int]]:
-    """Halve the long window, then the window, then the rank."""
-    window, long_window, rank = plan.window, plan.long_window, config.rank
+    """Halve the long window, then the window, then the rank; with the window the step, or more windows were read at once."""
+    window, long_window, rank, batch_tokens = plan.window, plan.long_window, config.rank, config.batch_tokens
     while True:
         if long_window > window and plan.long_windows:
             long_window //= 2
         elif window > _SHORTEST_WINDOW and plan.short_windows:
-            window //= 2
+            window, batch_tokens = window // 2, max(1, batch_tokens // 2)
+        elif batch_tokens > 2 * window and plan.short_windows:
+            batch_tokens //= 2
         elif rank > _LOWEST_RANK and config.trainable == "lora":
             rank //= 2
         else:
             return
-        yield {"window": window, "long_window": long_window, "rank": rank}
+        yield {"window": window, "long_window": long_window, "rank": rank, "batch_tokens": batch_tokens}
 
 
 def otherwise(

@@ -165,7 +165,8 @@ def test_a_model_is_sharded_where_it_does_not_fit_one_device(
     make_checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, size: float, shard: str
 ) -> None:
     base = read_config(make_checkpoint("llama2", hidden_size=256, num_hidden_layers=12))
-    config = RestoreConfig.model_validate({"model": "m", "target_length": 512, "data": ("d",), "out": "o", "rank": 4})
+    fields = {"model": "m", "target_length": 512, "data": ("d",), "out": "o", "rank": 4, "batch_tokens": 1024}
+    config = RestoreConfig.model_validate(fields)
     rope = config.plan_rope(base)
     whole = forecast(base, rope, config)
     monkeypatch.setattr(fit, "_free_bytes", lambda _: int(size * whole.peak_bytes))

@@ -95,13 +95,13 @@ def test_a_7b_models_window_by_hand() -> None:
 
 
 def test_a_run_is_its_windows_and_validation_runs_forward_alone() -> None:
-    config = settings(target_length=32768, cut_share=0, steps=10)
+    config = settings(target_length=32768, cut_share=0, steps=10, batch_tokens=65_536)
     plan, counter = plan_steps(config, config.plan_rope(LLAMA2_7B)), Counter(LLAMA2_7B, config)
     step = counter.distilled(4096) * plan.short_windows + counter.read(32768) * plan.long_windows
     assert counter.run(plan) == step * 10
     rare = replace(plan, long_every=4)
     assert counter.reading(rare) == counter.read(32768) * 3
-    cut = Counter(LLAMA2_7B, settings(target_length=32768, cut_share=0.25, steps=10))
+    cut = Counter(LLAMA2_7B, settings(target_length=32768, cut_share=0.25, steps=10, batch_tokens=65_536))
     texts = [counter.distilled(length) * (4096 // length) for length in (64, 128, 256, 512, 1024)]
     windows = plan.short_windows * 10
     mean = sum(flops.counted for flops in texts) / 5

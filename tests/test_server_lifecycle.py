@@ -231,9 +231,10 @@ def test_non_finite_logits_raise_the_alarm(start: StartGateway, script: dict[str
 
 
 def test_the_engines_parameters_are_asked_once_for_a_version_of_it(start: StartGateway, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()  # below it nobody can write, root neither
     own, image = (
         {"XDG_CACHE_HOME": str(tmp_path)},
-        {"XDG_CACHE_HOME": "/nowhere", "ARD_SERVE_CACHE": str(tmp_path / "ard-serve")},
+        {"XDG_CACHE_HOME": str(tmp_path / "file"), "ARD_SERVE_CACHE": str(tmp_path / "ard-serve")},
     )
     for version, cache, asked in (("1.2", own, 1), ("1.2", own, 0), ("1.3", own, 1), ("1.3", image, 0), ("1.4", image, 1)):
         gateway = start({"version": version}, cache).until_ready()

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from ard_serve import console
-from restore import devices
+from restore import checkpoint, devices
 from restore.config import EstimateConfig
 from restore.devices import GPUS, Gpu
 from restore.fit import otherwise, smaller
@@ -17,11 +17,9 @@ from restore.inspection import read_config, transformers_config
 from restore.loading import resolve
 from restore.plan import plan_steps
 from restore.rope import RopePlan
+from restore.runfolder import CHECKPOINTS
 from restore.speed import Speeds
 
-# A checkpoint holds adapters, the best adapters and two moments of each, in fp32; two of them are kept, and a third while
-# it is written.
-_CHECKPOINT_BYTES_PER_TRAINED, _CHECKPOINTS = 16, 3
 # What tests/test_restore_forecast.py allows a forecast.
 _UNCERTAIN = 0.1
 _Row = tuple[str, str, str]
@@ -38,7 +36,7 @@ def run(config: EstimateConfig) -> int:
         f"{config.model}, {lengths}: {plan}",
         ["what", "of which, or how", "how much"],
         [
-            *_sizes(base, needed),
+            *_sizes(base, config, needed),
             ("arithmetic", "model and relations, all steps", f"{flops / 1e15:,.2f} PFLOP"),
             *(_on(gpu, base, rope, config, needed, alone=len(gpus) == 1) for gpu in gpus),
         ],
@@ -55,12 +53,12 @@ def _gpus(name: str | None) -> list[Gpu]:
     return [here] if here else list(GPUS.values())
 
 
-def _sizes(base: Mapping[str, Any], needed: Forecast) -> Iterator[_Row]:
+def _sizes(base: Mapping[str, Any], config: EstimateConfig, needed: Forecast) -> Iterator[_Row]:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(transformers_config(dict(base)), dtype=torch.bfloat16)  # type: ignore[no-untyped-call]
     export = sum(weight.nbytes for weight in model.parameters())
     trained = needed.trained_bytes // BYTES_PER_TRAINED
-    checkpoints = _CHECKPOINTS * _CHECKPOINT_BYTES_PER_TRAINED * trained
+    checkpoints = checkpoint.room_bytes(config.out / CHECKPOINTS, trained)
     yield "device memory at the peak", "", _gib(needed.peak_bytes)
     yield "", "frozen weights", _gib(needed.weights_bytes)
     yield "", "adapters and optimizer", _gib(needed.trained_bytes)

@@ -10,8 +10,8 @@ from ard_serve.settings import Settings
 from restore.evaluation.config import EvalConfig, GateConfig
 from restore.rope import RopePlan, RopeType, plan_rope
 
-Objective = Literal["self_relation", "attention", "logits", "hidden", "lm", "retrieval"]
-# What the student learns alone, from long windows; all others compare it with its native self.
+Objective = Literal["self_relation", "attention", "logits", "hidden", "short_lm", "lm", "retrieval"]
+# What is learnt from long windows, by the student alone; all others are learnt from native ones.
 LONG: frozenset[Objective] = frozenset({"lm", "retrieval"})
 
 # A recipe is a weight for each objective; docs/decisions/0001-default-recipe.md says why `default` is what it is.
@@ -166,7 +166,7 @@ class RestoreConfig(Settings):
 
     @property
     def distils(self) -> bool:
-        """Whether any objective compares the student with the teacher."""
+        """Whether any objective reads native windows."""
         return not self.weights.keys() <= LONG
 
     @property

@@ -80,12 +80,12 @@ class Counter:
         """
         teacher = self._layers(self._layer(tokens))
         relations = self._layers(self._relations_at(tokens))
-        head = ("logits" in self.config.weights) * self._head(tokens)
+        logits, text = ((name in self.config.weights) * self._head(tokens) for name in ("logits", "short_lm"))
         if not trains:
             # Forward is 2 of a relation's 8: two products over half the tiles, against three over all of them.
-            return Flops(teacher + 2 * head, relations // 4) + self._student(tokens, trains)
+            return Flops(teacher + 2 * logits + text, relations // 4) + self._student(tokens, trains)
         fronts = self._layers(2 * tokens * self._front()) if relations else 0
-        return Flops(teacher + 3 * head, relations, fronts) + self._student(tokens, trains)
+        return Flops(teacher + 3 * logits + 2 * text, relations, fronts) + self._student(tokens, trains)
 
     def read(self, tokens: int, trains: bool = True) -> Flops:
         """A long window that the student reads alone; without backward when it does not train."""
@@ -102,7 +102,7 @@ class Counter:
         forward = self._layers(layer + learnt)
         if not trains:
             return Flops(forward)
-        return Flops(forward + self._layers(layer + self._attention(tokens) + 2 * learnt), again=forward)
+        return Flops(forward + self._layers(layer + self.attention(tokens) + 2 * learnt), again=forward)
 
     def _layers(self, each: int) -> int:
         return int(self.base["num_hidden_layers"]) * each
@@ -111,14 +111,14 @@ class Counter:
         """Forward of a layer as it is in the checkpoint."""
         channels = int(self.base["hidden_size"])
         behind = channels * (self._width("q") + 3 * int(self.base["intermediate_size"]))
-        return 2 * tokens * (self._front() + behind) + self._attention(tokens)
+        return 2 * tokens * (self._front() + behind) + self.attention(tokens)
 
     def _front(self) -> int:
         """Multiply-adds a token of the query, key and value projections."""
         return int(self.base["hidden_size"]) * (self._width("q") + 2 * self._width("kv"))
 
-    def _attention(self, tokens: int) -> int:
-        """Q K^T and P V over half the tiles."""
+    def attention(self, tokens: int) -> int:
+        """Forward of one layer's attention: Q K^T and P V over half the tiles."""
         return 2 * tokens**2 * self._width("q")
 
     def _relations_at(self, tokens: int) -> int:

@@ -82,7 +82,7 @@ class Losses:
         return (*self.language_model(batch.ids_BT, batch.answers_N), None)
 
     def distil(self, ids_BT: Tensor, jumps: Jumps | None = None) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
-        """Every teacher-student objective on windows of the native length.
+        """Every objective on windows of the native length.
 
         Where the student reads with jumps, only what they leave alone is compared: relations within a chunk, and of the
         hidden states the last, from which the next token is predicted.
@@ -106,6 +106,8 @@ class Losses:
         parts = {name: self._over_layers(torch.stack([layer[name] for layer in layers])) for name in self._relations}
         if "logits" in self._weights:
             parts["logits"] = logits_kl(student, teacher, self._faces.head_weight_VC)
+        if "short_lm" in self._weights:
+            parts["short_lm"] = lm_loss(student, ids_BT, self._faces.head_weight_VC)
         if "hidden" in self._weights:
             last = checkpoint(hidden_distance, student, teacher, use_reentrant=False)
             parts["hidden"] = torch.stack([*moved, last]).sum()

@@ -27,7 +27,13 @@ _KINDS = (
     (" {name} was sent to room {value} that day.", "\nTo which room was {name} sent? {name} was sent to room {value}.\n"),
     (" In the register, {name} is entered as {value}.", "\nHow is {name} entered in the register? As {value}.\n"),
     (" A letter for {name} carries the mark {value}.", "\nWhat mark does the letter for {name} carry? The mark {value}.\n"),
+    (" Remember: {name} owes {value}.", "\nAsked: what does {name} owe? Answered: {name} owes {value}.\n"),
+    (" The code word of {name} is {value}.", "\nWhat is the code word of {name}, as the text above has it? It is {value}.\n"),
+    (" Note that {value} stands for {name} here.", "\nAbove it says what stands for {name}. What is it? It is {value}.\n"),
+    ("\n{name}: {value}\n", "\nAbove there is a line that begins with {name}. What follows in it? {name}: {value}\n"),
 )
+# Digits of the numbers; those that the evaluation hides have six.
+_DIGITS = (2, 3, 4, 5, 7, 8)
 # Half of the questions stand together at the end, as a user's question does; the others somewhere behind their fact.
 _ASKED_LAST = 0.5
 _MOST_OF_WINDOW = 0.5
@@ -131,7 +137,7 @@ def _name(generator: np.random.Generator) -> str:
 def _value(generator: np.random.Generator) -> str:
     kind = generator.integers(3)
     if kind == 0:
-        return str(generator.integers(10 ** generator.integers(2, 5), 10**5))
+        return "".join(map(str, generator.integers(0, 10, generator.choice(_DIGITS))))
     if kind == 1:
         return f"{'ABCDEFGHKLMNPRSTUVWXYZ'[generator.integers(22)]}{generator.integers(10, 100)}-{generator.integers(10, 1000)}"
     return "".join(_syllables(generator, 2))

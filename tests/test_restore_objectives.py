@@ -138,6 +138,15 @@ def test_hidden_is_the_cosine_distance_of_six_layers_and_with_jumps_of_the_last(
     assert hidden_layers(2) == {0, 1}
 
 
+def test_short_lm_is_the_next_token_loss_of_what_is_distilled(pair: Pair) -> None:
+    _, hidden = pair.plain(False)
+    log_probs = (hidden[-1] @ pair.faces.head_weight_VC.double().T).log_softmax(-1)[0]
+    expected = -log_probs[torch.arange(63), IDS[0, 1:]].mean()
+    loss, parts, _ = Losses(pair.faces, {"logits": 1.0, "short_lm": 0.5}).distil(IDS)
+    assert parts["short_lm"].item() == pytest.approx(float(expected), rel=1e-4)
+    assert loss.item() == pytest.approx(float(parts["logits"] + 0.5 * expected), rel=1e-4)
+
+
 def test_retrieval_is_the_lm_loss_on_the_answers_alone(pair: Pair) -> None:
     _, hidden = pair.plain(False)
     log_probs = (hidden[-1] @ pair.faces.head_weight_VC.double().T).log_softmax(-1)[0]

@@ -24,7 +24,7 @@ class Plan:
     """The shape of a run: windows of each kind in one optimizer step, and how many steps.
 
     Every step distils `short_windows`, of which at most `alike` are read in the same way: whole, cut into texts or with jumps.
-    The first of every `long_every` steps reads `long_windows` as well.
+    The first of every `long_every` steps reads `long_windows` as well, and their losses count `long_every` times there.
     """
 
     window: int

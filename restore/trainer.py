@@ -173,7 +173,8 @@ class Trainer:
         sums, layer_kl = self._zeros(long_windows)
         for batch in self._together(batches, trains=True):
             loss, parts, layers = self._losses.of(batch)
-            torch.autograd.backward(loss * batch.share)
+            # What comes in every fourth step counts four times there, so that weights hold in the mean over steps.
+            torch.autograd.backward(loss * (batch.share * (self.plan.long_every if batch.is_long else 1)))
             _add(sums, parts, batch.share)
             if layers is not None:
                 layer_kl += layers * batch.share

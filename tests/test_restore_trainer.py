@@ -108,6 +108,15 @@ def test_a_step_without_a_long_window_teaches_what_the_teacher_knows(
     assert rows[1]["tflops"] * rows[1]["seconds"] < rows[0]["tflops"] * rows[0]["seconds"]
 
 
+def test_a_long_window_counts_for_the_steps_that_have_none(make_trainer: Callable[..., Trainer]) -> None:
+    fields: dict[str, Any] = {"window": 32, "long_window": 128, "steps": 1, "objectives": {"logits": 1e-9, "lm": 1.0}}
+    rare, always = (make_trainer(str(tokens), batch_tokens=tokens, **fields) for tokens in (128, 256))
+    assert (rare.plan.long_every, always.plan.long_every) == (2, 1)
+    of_rare, of_always = rare.step(), always.step()
+    assert of_rare["lm"] == pytest.approx(of_always["lm"])
+    assert of_rare["grad_norm"] == pytest.approx(2 * of_always["grad_norm"], rel=1e-4)
+
+
 @pytest.mark.parametrize(
     ("values", "says"),
     [

@@ -131,6 +131,8 @@ def _measured(
         "of_matrix_rate": counted / gpu.matrix_tflops if gpu else None,
         # Layers that kept their work until backward: in a distillation, in a long window.
         "kept": [faces.kept.distilling, faces.kept.reading],
+        # Others that kept what attention returned.
+        "kept_attention": [faces.kept.distilling_attention, faces.kept.reading_attention],
         "forecast_gib": forecast(case.base, case.rope, case.config, faces.kept).peak_bytes / _GIB,
         # The CPU's allocator keeps no peak.
         "peak_gib": peak_bytes / _GIB if device.type == "cuda" else None,
@@ -167,13 +169,17 @@ class _Made:
         return [batch for step in steps for batch in self._batches.of_step(step, world.share(lengths(step)))]
 
     def flops(self, number: int, faces: TwoFaced) -> tuple[float, float]:
-        """FLOPs of round `number` in all processes: those that count, and with what layers that are not kept do again."""
+        """FLOPs of round `number` in all processes: those that count, and with what is not kept and done again."""
         counted = executed = 0.0
         for batch in self.round(number, ALONE):
             flops = self._counter.batch(batch)
-            kept = (faces.kept.reading if batch.is_long else faces.kept.distilling) / len(faces.layers)
+            kept, layers = faces.kept, len(faces.layers)
+            whole, attention = (
+                (kept.reading, kept.reading_attention) if batch.is_long else (kept.distilling, kept.distilling_attention)
+            )
+            texts, tokens = batch.ids_BT.shape
             counted += flops.counted
-            executed += flops.counted + flops.again * (1 - kept)
+            executed += flops.executed - flops.again * whole / layers - attention * self._counter.attention(tokens) * texts
         return counted, executed
 
 

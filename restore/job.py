@@ -126,8 +126,9 @@ def _prepare(config: RestoreConfig, world: World) -> tuple[Loaded, Trainer]:
     _log.info("memory: about %s", needed)
     kept = kept_layers(read_config(folder), rope, settled, needed, _device(config))
     if kept != Kept():
-        counts = (kept.distilling, kept.reading, needed.layers)
-        _log.info("there is more: %d (to distil) and %d (long windows) of %d layers keep their work until backward", *counts)
+        counts = (kept.distilling, kept.reading, needed.layers, kept.distilling_attention, kept.reading_attention)
+        told = "%d (to distil) and %d (long windows) of %d layers keep their work until backward, %d and %d their attention"
+        _log.info(f"there is more: {told}", *counts)
     if settled.shard == "on" and config.evaluate:
         raise UsageError(
             "evaluate: a sharded model fits no device whole; add --no-evaluate and measure it served (ard eval --server)"

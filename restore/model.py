@@ -33,10 +33,15 @@ Rope = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Kept:
-    """How many layers keep their work until backward instead of doing it again: in a distillation, in a long window."""
+    """How many layers keep their work until backward instead of doing it again: in a distillation, in a long window.
+
+    After them, so many keep what attention returned to the student, and do all else again.
+    """
 
     distilling: int = 0
     reading: int = 0
+    distilling_attention: int = 0
+    reading_attention: int = 0
 
 
 class TwoFaced:
@@ -90,7 +95,7 @@ class TwoFaced:
         hidden = self._embed(ids_BT)
         rope = self.rotary["student"](hidden, self._positions(ids_BT, positions_BT))
         for number, layer in enumerate(self.layers):
-            reading = _Reading(layer, rope)
+            reading = _Reading(layer, rope, number < self.kept.reading + self.kept.reading_attention)
             hidden = (
                 reading(hidden, None, None, False)
                 if number < self.kept.reading
@@ -126,7 +131,8 @@ class TwoFaced:
         )
         losses: list[dict[str, Tensor]] = []
         for number, layer in enumerate(self.layers):
-            comparing = _Comparing(layer, ropes, relation_loss, self._frozen)
+            attends_once = number < self.kept.distilling + self.kept.distilling_attention
+            comparing = _Comparing(layer, ropes, relation_loss, self._frozen, attends_once)
             student, values, native = (
                 comparing(student, teacher, None, False)
                 if number < self.kept.distilling
@@ -169,9 +175,10 @@ class _Reading:
 
     layer: nn.Module
     rope: Rope
+    attends_once: bool
 
-    def __call__(self, student_BTC: Tensor, _teacher: Tensor | None, _rows: KeptRows | None, _again: bool) -> Outputs:
-        return _run_layer(self.layer, student_BTC, self.rope), None, None
+    def __call__(self, student_BTC: Tensor, _teacher: Tensor | None, rows: KeptRows | None, _again: bool) -> Outputs:
+        return _run_layer(self.layer, student_BTC, self.rope, rows=rows if self.attends_once else None), None, None
 
 
 @dataclass
@@ -182,16 +189,18 @@ class _Comparing:
     ropes: tuple[Rope, Rope]
     relation_loss: RelationLoss | None
     frozen: Callable[[], AbstractContextManager[None]]
+    attends_once: bool
     names: tuple[str, ...] = ()
     """Of the losses, once it has run."""
 
     def __call__(self, student_BTC: Tensor, teacher_BTC: Tensor | None, rows: KeptRows | None, again: bool) -> Outputs:
         assert teacher_BTC is not None, "both faces read"
         student_rope, teacher_rope = self.ropes
+        attention = rows if self.attends_once else None
         if self.relation_loss is None:
             with self.frozen():
                 teacher = None if again else _run_layer(self.layer, teacher_BTC, teacher_rope)
-            return _run_layer(self.layer, student_BTC, student_rope), None, teacher
+            return _run_layer(self.layer, student_BTC, student_rope, rows=attention), None, teacher
         native, own = Sink(), Sink()
         with self.frozen():
             if again:
@@ -199,16 +208,25 @@ class _Comparing:
                 _attend(self.layer, teacher_BTC, teacher_rope, native)
             else:
                 teacher = _run_layer(self.layer, teacher_BTC, teacher_rope, native)
-        student = _run_layer(self.layer, student_BTC, student_rope, own)
+        student = _run_layer(self.layer, student_BTC, student_rope, own, attention)
         with rows.around() if rows else nullcontext():
             losses = self.relation_loss(own.taken, native.taken)
         self.names = tuple(losses)
         return student, torch.stack(list(losses.values())), teacher
 
 
-def _run_layer(layer: nn.Module, hidden_BTC: Tensor, rope: Rope, sink: Sink | None = None) -> Tensor:
+def _run_layer(
+    layer: nn.Module, hidden_BTC: Tensor, rope: Rope, sink: Sink | None = None, rows: KeptRows | None = None
+) -> Tensor:
+    """`sink` takes the layer's relations, `rows` what attention returns."""
     # Its forward, not the module: FSDP's hooks on it would gather and free weights by an idea of their own.
-    output = layer.forward(hidden_BTC, attention_mask=None, position_embeddings=rope, relation_sink=sink)
+    output = layer.forward(
+        hidden_BTC,
+        attention_mask=None,
+        position_embeddings=rope,
+        relation_sink=sink,
+        attending=rows.around if rows else nullcontext,
+    )
     assert isinstance(output, Tensor)
     return output
 

@@ -1,9 +1,12 @@
 """Per-layer queries, keys and values out of an unchanged transformers model.
 
 The only file that touches transformers' attention hook. The hooked function hands its inputs to the sink that the
-layer was called with, if any, and then runs the stock SDPA attention, so that results stay those of the untouched model.
+layer was called with, if any, and then runs the stock SDPA attention, so that results stay those of the untouched model; inside
+`attending`, if the layer was called with that.
 """
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,10 +67,12 @@ def _attention(
     value: Tensor,
     attention_mask: Tensor | None,
     relation_sink: Sink | None = None,
+    attending: Callable[[], AbstractContextManager[None]] = nullcontext,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     if relation_sink is not None:
         relation_sink.relations = Relations(query, key, value)
         if not relation_sink.attends:
             raise Taken
-    return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    with attending():
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)

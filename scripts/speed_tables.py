@@ -78,13 +78,19 @@ def _engine(results: Any) -> Iterator[list[str]]:
         rows, key=lambda row: (-row[0]["hidden_size"], row[0]["recipe"] != "default", row[0]["window"] == 0)
     ):
         shape = row["shape"].upper() + (f" in {row['quantize'].replace('bit', ' bit')}" if row["quantize"] else "") + mark
-        kept = " and ".join(str(count) for kind, count in zip(("window", "long_window"), row["kept"], strict=True) if row[kind])
+        kept = f"{_both(row, 'kept')} of {row['layers']}"
+        kept += f", attention of {_both(row, 'kept_attention')}" if any(row.get("kept_attention", ())) else ""
         yield [
             shape, row["recipe"], *(f"{row[kind]:,}" if row[kind] else "" for kind in ("window", "long_window")),
-            f"{kept} of {row['layers']}", f"{row['seconds']:.2f}", f"{row['tokens_per_s']:,.0f}", f"{row['of_matmul']:.2f}",
+            kept, f"{row['seconds']:.2f}", f"{row['tokens_per_s']:,.0f}", f"{row['of_matmul']:.2f}",
             f"{row['tflops_with_recomputation'] / row['matmul_tflops']:.2f}", f"{row['peak_gib']:.2f}",
             f"{row['forecast_gib']:.2f}",
         ]  # fmt: skip
+
+
+def _both(row: Row, name: str) -> str:
+    """Layers in a distillation and in a long window, of those that the row has."""
+    return " and ".join(str(count) for kind, count in zip(("window", "long_window"), row[name], strict=True) if row[kind])
 
 
 _TABLES = {"kernel": _kernel, "hopper": _hopper, "engine": _engine}

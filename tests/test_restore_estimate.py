@@ -125,7 +125,7 @@ def test_estimates_agree_with_what_was_measured_within_a_tenth() -> None:
         case = Case(row["shape"], row["window"] or row["long_window"], settings)
         if "superseded" in run:
             continue
-        needed = forecast(case.base, case.rope, case.config, Kept(*row["kept"]))
+        needed = forecast(case.base, case.rope, case.config, Kept(*row["kept"], *row.get("kept_attention", ())))
         assert needed.peak_bytes / 2**30 == pytest.approx(row["peak_gib"], rel=0.1), name
         gpu = devices.by_name(run["machine"]["device"])
         same = {(row["shape"], row["quantize"], kind) for kind in KINDS}

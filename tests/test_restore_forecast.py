@@ -13,7 +13,7 @@ import torch
 from ard_serve.cli import main
 from restore.config import RestoreConfig
 from restore.fit import kept_layers
-from restore.forecast import forecast
+from restore.forecast import _most_spared, forecast
 from restore.inspection import read_config
 from restore.kernels import chunked
 from restore.loading import load
@@ -53,6 +53,8 @@ def planned(base: dict[str, Any], **fields: Any) -> tuple[RestoreConfig, RopePla
         ("distill", "bf16", Kept(4, 0)),
         ("cpt", "bf16", Kept(0, 5)),
         ("linearard", "bf16", Kept(4, 0)),
+        ("distill", "bf16", Kept(0, 0, 6, 0)),
+        ("cpt", "bf16", Kept(0, 2, 0, 4)),
     ],
 )
 def test_a_real_step_takes_what_was_forecast(
@@ -93,11 +95,33 @@ def test_as_many_layers_are_kept_as_there_is_room_for(make_checkpoint: MakeCheck
         monkeypatch.setattr("restore.fit._free_bytes", lambda _, free=free_bytes: free)
         kept = kept_layers(base, rope, config, none, cuda)
         assert forecast(base, rope, config, kept).peak_bytes <= max(none.peak_bytes, 0.85 * free_bytes)
-        one_more = Kept(min(LAYERS, kept.distilling + 1), min(LAYERS, kept.reading + 1))
-        assert kept == Kept(LAYERS, LAYERS) or forecast(base, rope, config, one_more).peak_bytes > 0.85 * free_bytes
+        for kind in range(4):
+            counts = [kept.distilling, kept.reading, kept.distilling_attention, kept.reading_attention]
+            counts[kind] += 1
+            more = Kept(*counts)
+            full = counts[kind % 2] + counts[kind % 2 + 2] > LAYERS
+            assert full or forecast(base, rope, config, more).peak_bytes > 0.85 * free_bytes
     assert kept == Kept(LAYERS, LAYERS)
     assert kept_layers(base, rope, config, none, torch.device("cpu")) == Kept(), "the CPU's memory is everybody's"
     assert kept_layers(base, rope, config.model_copy(update={"recompute": "all"}), none, cuda) == Kept()
+
+
+@pytest.mark.parametrize(
+    ("layers", "rest", "bytes_each", "flops_each", "expected"),
+    [
+        (32, 38, (2.9, 0.25), (22, 9), (11, 21)),  # a long window: attention everywhere, then as many layers as fit
+        (32, 5, (2.9, 0.25), (22, 9), (0, 20)),
+        (32, 6, (0.6, 0.03), (1.9, 0.01), (10, 0)),  # a short one: attention is little of a layer, and takes what is left
+        (32, -1, (2.9, 0.25), (22, 9), (0, 0)),
+        (4, 100, (2.9, 0.25), (22, 9), (4, 0)),
+    ],
+)
+def test_memory_goes_to_what_spares_the_most_work(
+    layers: int, rest: float, bytes_each: tuple[float, float], flops_each: tuple[float, float], expected: tuple[int, int]
+) -> None:
+    mib = 1 << 20
+    sizes = int(bytes_each[0] * mib), int(bytes_each[1] * mib)
+    assert _most_spared(layers, int(rest * mib), sizes, (int(flops_each[0] * 100), int(flops_each[1] * 100))) == expected
 
 
 def _peak(profile: torch.profiler.profile) -> int:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 from restore.config import RestoreConfig
@@ -131,6 +132,38 @@ def test_checkpointed_gradients_equal_plain_ones(make_checkpoint: Callable[..., 
     assert len(plain) == len(checkpointed) == 16
     for a, b in zip(plain, checkpointed, strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("objectives", [("attention", "logits"), ("lm",)])
+def test_attention_that_is_kept_does_not_run_again_and_changes_no_bit(
+    make_checkpoint: Callable[..., Path], objectives: tuple[str, ...]
+) -> None:
+    folder = make_checkpoint("llama3")
+    attends = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+
+    class Counted(TorchDispatchMode):  # type: ignore[no-untyped-call]
+        calls = 0
+
+        def __torch_dispatch__(self, operation: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.calls += operation == attends
+            return operation(*args, **(kwargs or {}))
+
+    def step(kept: Kept) -> tuple[list[torch.Tensor], int]:
+        faces = two_faces(folder)
+        faces.kept = kept
+        losses = Losses(faces, dict.fromkeys(objectives, 1.0))
+        with Counted() as counted:
+            torch.autograd.backward((losses.language_model if "lm" in objectives else losses.distil)(IDS)[0])
+        return [parameter.grad for parameter in faces.adapters.parameters() if parameter.grad is not None], counted.calls
+
+    teachers = 0 if "lm" in objectives else 2
+    again, calls = step(Kept())
+    assert calls == teachers + 4
+    for kept, expected in ((Kept(0, 0, 1, 1), 3), (Kept(0, 0, 2, 2), 2), (Kept(1, 1, 1, 1), 2)):
+        gradients, calls = step(kept)
+        assert calls == teachers + expected
+        assert len(gradients) == len(again)
+        assert all(torch.equal(a, b) for a, b in zip(gradients, again, strict=True))
 
 
 def test_backward_does_not_run_the_relation_kernel_forward_again(

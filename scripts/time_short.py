@@ -44,7 +44,8 @@ class Tree:
 
     def __init__(self, folder: Path, model: Path, dtype: str, by: str = "evaluation") -> None:
         command = [sys.executable, __file__, "--work", str(model), dtype, by]
-        environment = os.environ | {"PYTHONPATH": str(folder)}
+        paths = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
+        environment = os.environ | {"PYTHONPATH": paths}
         pipe = subprocess.PIPE
         self._process: Any = subprocess.Popen(command, cwd=folder, env=environment, stdin=pipe, stdout=pipe, text=True)
 

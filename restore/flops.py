@@ -19,7 +19,7 @@ class Flops:
     """What some work takes, in FLOPs.
 
     `model`: forward of both faces, backward of the student. `relations`: KL between relation rows, forward and backward.
-    `again`: what backward computes a second time because it was not kept.
+    `again`: what backward computes a second time because it was not kept: of every layer all but the last product.
     """
 
     model: int = 0
@@ -102,7 +102,9 @@ class Counter:
         forward = self._layers(layer + learnt)
         if not trains:
             return Flops(forward)
-        return Flops(forward + self._layers(layer + self.attention(tokens) + 2 * learnt), again=forward)
+        last = 2 * tokens * int(self.base["hidden_size"]) * int(self.base["intermediate_size"])
+        backward = self._layers(layer + self.attention(tokens) + 2 * learnt)
+        return Flops(forward + backward, again=forward - self._layers(last))
 
     def _layers(self, each: int) -> int:
         return int(self.base["num_hidden_layers"]) * each

@@ -15,7 +15,9 @@ from transformers import PreTrainedModel
 
 from restore.adapters import Adapters
 from restore.config import RestoreConfig
-from restore.norms import fuse
+from restore.mlp import fuse as fuse_mlps
+from restore.mlp import unread
+from restore.norms import fuse as fuse_norms
 from restore.recompute import KeptRows, Outputs, Present, recomputed
 from restore.relations import Relations, Sink, Taken, hook
 from restore.rope import RopePlan
@@ -50,14 +52,16 @@ class TwoFaced:
     kept = Kept()
 
     def __init__(self, model: PreTrainedModel, plan: RopePlan, config: RestoreConfig, shards: "Shards | None" = None) -> None:
-        """Hook the model's attention, fuse its norms, attach adapters and build both rotary tables by transformers' own module.
+        """Hook the model's attention, fuse what is around its products, attach adapters and build both rotary tables.
 
+        The tables are made by transformers' own module.
         `shards` are the model's layers where their weights are spread over several processes.
         """
         self.model, self.shards = model, shards
         self.adapters = Adapters(model, config)
         hook(model)
-        fuse(model)
+        for fuse in (fuse_norms, fuse_mlps):
+            fuse(model)
         model.train(False)
         rotary, config_class = type(model.model.rotary_emb), type(model.config)
         base = model.config.to_dict()
@@ -177,8 +181,9 @@ class _Reading:
     rope: Rope
     attends_once: bool
 
-    def __call__(self, student_BTC: Tensor, _teacher: Tensor | None, rows: KeptRows | None, _again: bool) -> Outputs:
-        return _run_layer(self.layer, student_BTC, self.rope, rows=rows if self.attends_once else None), None, None
+    def __call__(self, student_BTC: Tensor, _teacher: Tensor | None, rows: KeptRows | None, again: bool) -> Outputs:
+        with unread(self.layer) if again else nullcontext():
+            return _run_layer(self.layer, student_BTC, self.rope, rows=rows if self.attends_once else None), None, None
 
 
 @dataclass
@@ -200,7 +205,8 @@ class _Comparing:
         if self.relation_loss is None:
             with self.frozen():
                 teacher = None if again else _run_layer(self.layer, teacher_BTC, teacher_rope)
-            return _run_layer(self.layer, student_BTC, student_rope, rows=attention), None, teacher
+            with unread(self.layer) if again else nullcontext():
+                return _run_layer(self.layer, student_BTC, student_rope, rows=attention), None, teacher
         native, own = Sink(), Sink()
         with self.frozen():
             if again:
@@ -208,7 +214,8 @@ class _Comparing:
                 _attend(self.layer, teacher_BTC, teacher_rope, native)
             else:
                 teacher = _run_layer(self.layer, teacher_BTC, teacher_rope, native)
-        student = _run_layer(self.layer, student_BTC, student_rope, own, attention)
+        with unread(self.layer) if again else nullcontext():
+            student = _run_layer(self.layer, student_BTC, student_rope, own, attention)
         with rows.around() if rows else nullcontext():
             losses = self.relation_loss(own.taken, native.taken)
         self.names = tuple(losses)

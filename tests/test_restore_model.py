@@ -152,7 +152,7 @@ def test_attention_that_is_kept_does_not_run_again_and_changes_no_bit(
         faces = two_faces(folder)
         faces.kept = kept
         losses = Losses(faces, dict.fromkeys(objectives, 1.0))
-        with Counted() as counted:
+        with Counted() as counted:  # type: ignore[no-untyped-call]
             torch.autograd.backward((losses.language_model if "lm" in objectives else losses.distil)(IDS)[0])
         return [parameter.grad for parameter in faces.adapters.parameters() if parameter.grad is not None], counted.calls
 

@@ -21,6 +21,7 @@ from restore.norms import fuse as fuse_norms
 from restore.recompute import KeptRows, Outputs, Present, recomputed
 from restore.relations import Relations, Sink, Taken, hook
 from restore.rope import RopePlan
+from restore.rotation import fuse as fuse_rotations
 
 if TYPE_CHECKING:
     from restore.sharding import Shards
@@ -60,7 +61,7 @@ class TwoFaced:
         self.model, self.shards = model, shards
         self.adapters = Adapters(model, config)
         hook(model)
-        for fuse in (fuse_norms, fuse_mlps):
+        for fuse in (fuse_norms, fuse_mlps, fuse_rotations):
             fuse(model)
         model.train(False)
         rotary, config_class = type(model.model.rotary_emb), type(model.config)

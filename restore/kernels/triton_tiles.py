@@ -120,7 +120,7 @@ def allow_descriptors() -> None:
 
 def unit_stride(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Tensors whose channels lie side by side, as they nearly always do; any other is copied."""
-    return tuple(tensor if tensor.stride(3) == 1 else tensor.contiguous() for tensor in tensors)
+    return tuple(tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in tensors)
 
 
 def normalise(grad_BHM: Tensor, x_BHTD: Tensor) -> tuple[Tensor, Tensor | None, int]:

@@ -6,6 +6,8 @@
 #              mkdir site && tar -xJf server-site.tar.xz -C site && export PYTHONPATH=$PYTHONPATH:$PWD/site
 #   faults     rows S1-S23 on this vLLM, MODEL or `tiny` for a random Llama     -> OUT_DIR/server-faults-gpu.json (8 minutes)
 #   overhead   64 streams straight and through the gateway, in turns            -> OUT_DIR/server-overhead-gpu.json (6 minutes)
+#   throughput pairs of equal blocks, straight and through the gateway, on the vLLM at --engine URL (4 minutes)
+#                                                                               -> OUT_DIR/server-throughput-gpu.json
 #   long       MODEL at 65,536 tokens, prompts to the window, four at once      -> OUT_DIR/server-long.json (8 minutes)
 #   tp2        the same on two GPUs with --tensor-parallel-size 2               -> OUT_DIR/server-tp2.json (8 minutes)
 # On H100s with vLLM 0.23 every step has run; S22 of the faults alone has not come to its end there. The results: docs/results/server-*-h100.json.
@@ -38,6 +40,7 @@ faults)
     if [ "$model" != tiny ]; then set -- --model "$model" "$@"; fi
     "$python" tests/real_faults.py "$out/${NAME:-server-faults-gpu}.json" "$@" -- "${engine_flags[@]}" ;;
 overhead) "$python" tests/bench_server.py "$out/server-overhead-gpu.json" real "$model" "$@" ;;
+throughput) "$python" tests/bench_server_throughput.py "$out/server-throughput-gpu.json" "$model" "$@" ;;
 long)
     "$python" tests/bench_server_long.py "$model" "$out/server-long.json" --window "$window" "$@" -- --enforce-eager "${engine_flags[@]}" ;;
 tp2)

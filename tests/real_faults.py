@@ -49,7 +49,7 @@ def run_rows(scene: Scene, only: set[str]) -> Iterator[dict[str, Any]]:
     for row in ROWS:
         if only and row.name not in only:
             continue
-        started, ended = time.monotonic(), None
+        started, began, ended = time.monotonic(), time.time(), None
         try:
             seen, passed = row.check(scene), True
         except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - whatever went wrong is the result
@@ -58,15 +58,19 @@ def run_rows(scene: Scene, only: set[str]) -> Iterator[dict[str, Any]]:
             seen, passed = f"{type(error).__name__}: {error} (line {where.lineno} of {Path(where.filename).name})"[:600], False
         seconds = round(time.monotonic() - started, 2)
         result: dict[str, Any] = {"row": row.name, "done": row.done, "seen": seen, "seconds": seconds, "passed": passed}
-        logs = sorted(scene.folder.glob("run*/err.txt"), key=lambda log: log.stat().st_mtime)
-        if not passed and logs:
-            text = logs[-1].read_text(errors="replace")
-            result["log"] = telling_lines(text.splitlines())
-            print(text[-20_000:], flush=True)
+        if not passed and (logs := logs_since(scene.folder, began)):
+            result["log"] = [line for log in logs for line in telling_lines(log.splitlines())]
+            print("\n".join(log[-20_000:] for log in logs), flush=True)
         yield result | {"date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")}
         print(f"{row.name:4} {'passed' if passed else 'FAILED'} {seconds:7.2f} s  {seen}", flush=True)
         if ended:
             raise ended
+
+
+def logs_since(folder: Path, began: float) -> list[str]:
+    """Logs of the servers that have written since then; a row may have started more than one."""
+    logs = sorted((log.stat().st_mtime, log) for log in folder.glob("run*/err.txt"))
+    return [log.read_text(errors="replace") for written, log in logs if written >= began]
 
 
 def telling_lines(log: list[str]) -> list[str]:

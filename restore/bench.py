@@ -41,6 +41,9 @@ def main() -> None:
     kind = "cuda" if torch.cuda.is_available() and not options.cpu else "cpu"
     with joined(kind) as world:
         device = torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else torch.device(kind)
+        if options.memory_gib and kind == "cuda":
+            total_bytes = torch.cuda.get_device_properties(device).total_memory
+            torch.cuda.set_per_process_memory_fraction(min(1.0, options.memory_gib * _GIB / total_bytes), device)
         results = bench_results.Results(options.out, options.commit, device) if world.leads else None
         for row in _rows(options, device, world):
             if results is not None:
@@ -53,7 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, required=True, help="results file; rows are appended")
     parser.add_argument("--shapes", nargs="+", default=["135m", "1.7b", "7b"], choices=SHAPES)
     parser.add_argument("--windows", nargs="+", type=int, default=[4096, 8192, 16384, 32768], metavar="TOKENS")
-    parser.add_argument("--recipes", nargs="+", default=["distill", "cpt"], choices=RECIPES)
+    parser.add_argument("--recipes", nargs="*", default=["distill", "cpt"], metavar="RECIPE", help=", ".join(RECIPES))
     parser.add_argument(
         "--set", nargs="*", default=[], metavar="FIELD=VALUE", help="settings of `ard restore`, such as rank=64"
     )
@@ -64,6 +67,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--reference", type=Path, metavar="CHECKOUT", help="run gracefulning/LinearARD's own step beside")
     parser.add_argument("--commit", help="what the numbers belong to, where there is no git")
+    parser.add_argument(
+        "--memory-gib", type=float, metavar="GIB", help="take no more of the GPU's memory, as if the card were smaller"
+    )
     parser.add_argument("--cpu", action="store_true", help="use no GPU, to try the bench")
     return parser
 
@@ -82,6 +88,8 @@ def _rows(options: argparse.Namespace, device: torch.device, world: World) -> It
 def measure(case: Case, device: torch.device, world: World, options: argparse.Namespace) -> dict[str, Any]:
     """One row: rates, memory, and where a step's time goes. A case that does not fit says so in its row."""
     row = case.describe(world.size)
+    if options.memory_gib:
+        row["memory_gib"] = options.memory_gib
     try:
         with tempfile.TemporaryDirectory() as folder:
             row |= _measured(*build_trainer(case, device, Path(folder), world), case, device, world, options)

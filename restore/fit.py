@@ -119,7 +119,10 @@ def otherwise(
 
 def _free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+        free_bytes, total_bytes = torch.cuda.mem_get_info(device)
+        # A process may have been told to take no more than a share of the card.
+        allowed_bytes = torch.cuda.get_per_process_memory_fraction(device) * total_bytes
+        return int(min(free_bytes, allowed_bytes - torch.cuda.memory_reserved(device)))
     return int(psutil.virtual_memory().available)
 
 

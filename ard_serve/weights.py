@@ -5,10 +5,12 @@ maps each tensor to dtype, shape and byte offsets, then the tensors' bytes.
 """
 
 import json
+import os
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -54,7 +56,7 @@ def read_headers(folder: Path) -> dict[str, TensorHeader]:
     """Every tensor of a checkpoint by name.
 
     Raises:
-        ModelError: a shard is truncated, its header is damaged, or two shards hold the same tensor.
+        ModelError: a shard may not be read, is truncated, its header is damaged, or two shards hold the same tensor.
     """
     tensors: dict[str, TensorHeader] = {}
     for shard in shards(folder):
@@ -68,7 +70,7 @@ def read_headers(folder: Path) -> dict[str, TensorHeader]:
 def _read_shard(shard: Path) -> dict[str, TensorHeader]:
     size_bytes = shard.stat().st_size
     damaged = ModelError(f"{shard}: truncated or damaged ({size_bytes} bytes); copy or export the file again")
-    with shard.open("rb") as file:
+    with _opened(shard) as file:
         prefix = file.read(8)
         if len(prefix) < 8:
             raise damaged
@@ -91,6 +93,14 @@ def _read_shard(shard: Path) -> dict[str, TensorHeader]:
     if declared_bytes != size_bytes:
         raise ModelError(f"{shard}: {size_bytes} bytes, its header declares {declared_bytes}; the file is truncated")
     return tensors
+
+
+def _opened(shard: Path) -> BinaryIO:
+    """Weights that transformers has saved may be read by their owner alone; a server runs as somebody else."""
+    try:
+        return shard.open("rb")
+    except OSError as error:
+        raise ModelError(f"{shard}: {error.strerror} for user {os.geteuid()}; `chmod a+r` it, or run as its owner") from None
 
 
 def first_non_finite(tensors: dict[str, TensorHeader]) -> str | None:

@@ -1,6 +1,7 @@
 """Deployment files: they agree with the server's flags, its metrics, and with one another."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -75,6 +76,22 @@ def our_metrics() -> set[str]:
 def test_the_manifests_are_valid_kubernetes() -> None:
     tool = Path(sys.executable).with_name("kubernetes-validate")
     subprocess.run([str(tool), "--strict", str(DEPLOY / "kubernetes" / "ard-serve.yaml")], check=True)
+
+
+def test_compose_reads_its_file_and_asks_for_the_model() -> None:
+    tool = [["docker-compose"], ["docker", "compose"]][shutil.which("docker-compose") is None]
+    if not shutil.which(tool[0]):
+        pytest.skip("needs docker-compose (a daemon is not needed)")
+    command = [*tool, "-f", str(DEPLOY / "compose.yaml"), "config"]
+    environment = {name: value for name, value in os.environ.items() if name != "MODEL"}
+    without = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert without.returncode != 0
+    assert "folder of the exported model" in without.stderr
+    done = subprocess.run(command, env=environment | {"MODEL": "/models/restored"}, capture_output=True, text=True, check=True)
+    service = yaml.safe_load(done.stdout)["services"]["ard-serve"]
+    assert service["command"] == command_lines()["compose"]
+    assert "/models/restored" in str(service["volumes"])
+    assert service["read_only"] is True
 
 
 def test_systemd_finds_nothing_wrong_but_that_it_is_not_installed() -> None:

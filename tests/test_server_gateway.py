@@ -6,7 +6,7 @@ import re
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -373,7 +373,7 @@ def test_a_client_that_stops_reading_ends_at_its_deadline(start: StartGateway) -
         wait_for(lambda: gateway.metric("ard_requests_in_flight") == 0)
 
 
-def test_a_thousand_disconnects_leak_nothing(open_gateway: Gateway, tmp_path: Path) -> None:
+def test_a_thousand_disconnects_leak_nothing(open_gateway: Gateway, record_property: Callable[[str, object], None]) -> None:
     fds = Path(f"/proc/{open_gateway.process.pid}/fd")
     body = json.dumps({"prompt": PROMPT, "stream": True, "user": json.dumps({"tokens": 100, "gap_s": 0.05})}).encode()
     request = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % len(body) + body
@@ -395,6 +395,7 @@ def test_a_thousand_disconnects_leak_nothing(open_gateway: Gateway, tmp_path: Pa
     wait_for(lambda: open_gateway.metric("ard_requests_in_flight") == 0)
     wait_for(lambda: len(list(fds.iterdir())) <= before + 2)
     assert open_gateway.metric("ard_kv_reserved_tokens") == 0
+    record_property("file descriptors before and after", f"{before}, {len(list(fds.iterdir()))}")
 
 
 def test_a_plan_says_what_a_request_would_take(open_gateway: Gateway) -> None:

@@ -3,7 +3,7 @@
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import cast
 
@@ -52,7 +52,7 @@ class FakeRoutes:
 @pytest.mark.fault("S12")
 @pytest.mark.parametrize(("cases", "at_least"), [(25, 500), pytest.param(1250, 10_000, marks=pytest.mark.slow)])
 def test_schemathesis_finds_no_5xx_and_no_answer_outside_the_document(
-    gateway: Gateway, cases: int, at_least: int, tmp_path: Path
+    gateway: Gateway, cases: int, at_least: int, tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:
     """`cases` are for one operation in one phase of Schemathesis; `at_least` so many are made in all."""
     command = [str(Path(sys.executable).with_name("schemathesis")), "run", f"{gateway.url}/openapi.json"]
@@ -61,4 +61,6 @@ def test_schemathesis_finds_no_5xx_and_no_answer_outside_the_document(
     done = subprocess.run([*command, *options, "--no-color"], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stdout[-6000:]
     (generated,) = re.findall(r"(\d+) generated", done.stdout.replace(",", ""))
+    record_property("cases generated", int(generated))
+    record_property("checks", CHECKS)
     assert int(generated) >= at_least

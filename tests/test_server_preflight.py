@@ -2,6 +2,8 @@
 
 import contextlib
 import json
+import os
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -89,6 +91,21 @@ def test_a_damaged_model_is_refused_and_the_damage_named(tmp_path: Path, name: s
     damage(folder)
     with pytest.raises(ModelError, match=named):
         check(folder)
+
+
+def test_weights_that_only_their_owner_may_read_are_named() -> None:
+    if os.geteuid() != 0:
+        pytest.skip("needs root to become another user")
+    with tempfile.TemporaryDirectory() as name:  # pytest's own folders are closed to others
+        os.chmod(name, 0o755)
+        folder = write_model(Path(name) / "model")
+        (folder / "model.safetensors").chmod(0o600)  # as transformers saves them
+        os.seteuid(65534)
+        try:
+            with pytest.raises(ModelError, match=r"model\.safetensors: Permission denied for user 65534; `chmod a\+r` it"):
+                check(folder)
+        finally:
+            os.seteuid(0)
 
 
 @pytest.mark.fault("S1")

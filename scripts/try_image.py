@@ -49,7 +49,8 @@ def make_base(site: Path) -> None:
     buildah("add", "-q", container, _CERTIFICATES, _CERTIFICATES)
     buildah("add", "-q", container, str(site), _LIBRARIES)
     buildah("run", container, "--", "sh", "-c", f"cd {_LIBRARIES} && rm -rf ./*ard_serve* ./__editable__*")
-    buildah("config", "--entrypoint", '["vllm","serve"]', "--env", "PATH=/usr/local/bin:/usr/bin:/bin", container)
+    path = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+    buildah("config", "--entrypoint", '["vllm","serve"]', "--env", path, container)
     buildah("commit", "-q", container, BASE)
     buildah("rm", container)
 

@@ -16,7 +16,7 @@ LONG: frozenset[Objective] = frozenset({"lm", "retrieval"})
 
 # A recipe is a weight for each objective; docs/decisions/0001-default-recipe.md says why `default` is what it is.
 RECIPES: dict[str, dict[Objective, float]] = {
-    "default": {"attention": 1.0, "logits": 2.0, "lm": 0.5, "retrieval": 0.5},
+    "default": {"attention": 1.0, "logits": 0.25, "short_lm": 1.0, "lm": 1.0, "retrieval": 0.5},
     "distill": {"attention": 1.0, "logits": 1.0},
     "linearard": {"self_relation": 1.0},
     "cpt": {"lm": 1.0},

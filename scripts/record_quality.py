@@ -70,8 +70,15 @@ def describe(report: EvaluationReport, run: Path, command: str, remark: str = ""
         "remark": remark,
         "missed": list(verdict.failures),
         "served_limit": verdict.served_limit,
-        "rows": rows(report, config, manifest.recipe, manifest.rope.factor),
+        "rows": rows(report, config, _named(manifest.recipe, remark), manifest.rope.factor),
     }
+
+
+def _named(done: RecipeRecord, remark: str) -> RecipeRecord:
+    """A mixture without a name of its own goes by the study's: RECIPE-ROPE-SEED is what it calls a run."""
+    if done.name != "custom" or not remark:
+        return done
+    return done.model_copy(update={"name": remark.rsplit("-", 2)[0]})
 
 
 def rows(report: EvaluationReport, config: RestoreConfig, done: RecipeRecord, factor: float) -> list[dict[str, Any]]:

@@ -5,6 +5,7 @@ import json
 import os
 import platform
 import random
+import shutil
 import statistics
 import subprocess
 import sys
@@ -27,10 +28,19 @@ def circumstances(packages: tuple[str, ...]) -> dict[str, Any]:
         "command": "python " + " ".join(sys.argv),
         "commit": head.stdout.strip() or os.environ.get("COMMIT", "unknown"),
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
+        "machine": f"{_gpus()}{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
         "versions": {name: version(name) for name in packages},
         "load_average_before": round(os.getloadavg()[0], 2),
     }
+
+
+def _gpus() -> str:
+    """Names of the NVIDIA GPUs; nothing where there is none."""
+    if not (tool := shutil.which("nvidia-smi")):
+        return ""
+    query = [tool, "--query-gpu=name", "--format=csv,noheader"]
+    answer = subprocess.run(query, capture_output=True, text=True, timeout=30, check=False)
+    return "".join(f"{name}, " for name in answer.stdout.splitlines()) if answer.returncode == 0 else ""
 
 
 def write(out: Path, results: dict[str, Any]) -> None:

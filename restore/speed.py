@@ -17,6 +17,8 @@ from restore.plan import Plan
 _RESULTS = Path(__file__).parent.parent / "docs" / "results"
 # What steps of a 7B model reached on an H100, every layer recomputed (docs/results/engine-h100.json).
 _ASSUMED = 0.3
+# Another GPU, or a program since improved, is as far away as twice the width.
+_OTHERWISE = math.log(2)
 
 
 @dataclass(frozen=True)
@@ -49,11 +51,15 @@ class Speeds:
         for path in sorted(folder.glob("engine-*.json")):
             for run in json.loads(path.read_text(encoding="utf-8"))["runs"]:
                 gpu = devices.by_name(run["machine"]["device"])
-                self._rows += [row | {"gpu": gpu, "file": path.name} for row in run["rows"] if gpu and _counts(row)]
+                told = {"gpu": gpu, "file": path.name, "superseded": "superseded" in run}
+                self._rows += [row | told for row in run["rows"] if gpu and _counts(row)]
 
     def training(self, gpu: Gpu, base: Mapping[str, Any], config: RestoreConfig, plan: Plan) -> Training:
-        """Time of a run on one `gpu`: windows of each kind at the share that such windows reach."""
+        """Time of a run on one `gpu`: at the share that such steps reach, or windows of each kind at that of such windows."""
         counter, parts = Counter(base, config), []
+        if both := self._of_both(gpu, int(base["hidden_size"]), config, plan):
+            total = counter.run(plan).counted
+            return Training(total / (both.value * gpu.matrix_tflops * 1e12), total, (both.source,))
         if plan.short_windows:
             parts.append((plan.window, True, counter.distilling(plan)))
         if plan.long_windows:
@@ -66,21 +72,42 @@ class Speeds:
         return Training(seconds, counter.run(plan).counted, tuple(dict.fromkeys(sources)))
 
     def share(self, gpu: Gpu, hidden_size: int, config: RestoreConfig, window: int, distils: bool) -> Share:
-        """The share that the most alike of the measured steps reached: on this GPU if it has any, then by width and window."""
+        """The share that the most alike of the measured steps with windows of one kind reached."""
         kind, other = ("window", "long_window") if distils else ("long_window", "window")
-        same = ("dtype", "trainable", "quantize")
-        alike = [
-            row
-            for row in self._rows
-            if row[kind] and not row[other] and all(row.get(name) == getattr(config, name) for name in same)
-        ]
-        alike = [row for row in alike if row["gpu"] == gpu] or alike
+        alike = [row for row in self._alike(config) if row[kind] and not row[other]]
         if not alike:
             return Share(_ASSUMED, "assumed")
-        row = min(alike, key=lambda row: _apart(row["hidden_size"], hidden_size) + _apart(row[kind], window))
-        where = "" if row["gpu"] == gpu else f" on {row['gpu'].name}"
-        told = f"measured{where} with {row['shape']} and {row[kind]:,} tokens ({row['file']})"
-        return Share(row["tflops"] / row["gpu"].matrix_tflops, told)
+        row = min(alike, key=lambda row: _distance(row, gpu, hidden_size) + _apart(row[kind], window))
+        return _told(row, gpu, f"{row[kind]:,} tokens")
+
+    def _of_both(self, gpu: Gpu, hidden_size: int, config: RestoreConfig, plan: Plan) -> Share | None:
+        """The share of a step with both kinds of windows, where one of about this width and these windows was measured."""
+        if not (plan.short_windows and plan.long_windows):
+            return None
+
+        def distance(row: Mapping[str, Any]) -> float:
+            windows = _apart(row["window"], plan.window) + _apart(row["long_window"], plan.long_window)
+            return _distance(row, gpu, hidden_size) + windows
+
+        alike = [row for row in self._alike(config) if row["window"] and row["long_window"] and not row["superseded"]]
+        row = min(alike, key=distance, default=None)
+        if row is None or distance(row) > 2 * _OTHERWISE:
+            return None
+        return _told(row, gpu, f"{row['window']:,} and {row['long_window']:,} tokens")
+
+    def _alike(self, config: RestoreConfig) -> list[dict[str, Any]]:
+        same = ("dtype", "trainable", "quantize")
+        return [row for row in self._rows if all(row.get(name) == getattr(config, name) for name in same)]
+
+
+def _told(row: Mapping[str, Any], gpu: Gpu, windows: str) -> Share:
+    where = "" if row["gpu"] == gpu else f" on {row['gpu'].name}"
+    return Share(row["tflops"] / row["gpu"].matrix_tflops, f"measured{where} with {row['shape']} and {windows} ({row['file']})")
+
+
+def _distance(row: Mapping[str, Any], gpu: Gpu, hidden_size: int) -> float:
+    """How far a measured step is from one on `gpu` by a model so wide, windows apart."""
+    return _apart(row["hidden_size"], hidden_size) + _OTHERWISE * (int(row["gpu"] != gpu) + int(row["superseded"]))
 
 
 def _counts(row: Mapping[str, Any]) -> bool:

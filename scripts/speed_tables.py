@@ -77,7 +77,9 @@ def _engine(results: Any) -> Iterator[list[str]]:
     for row, mark in sorted(
         rows, key=lambda row: (-row[0]["hidden_size"], row[0]["recipe"] != "default", row[0]["window"] == 0)
     ):
-        shape = row["shape"].upper() + (f" in {row['quantize'].replace('bit', ' bit')}" if row["quantize"] else "") + mark
+        shape = row["shape"].upper() + (f" in {row['quantize'].replace('bit', ' bit')}" if row["quantize"] else "")
+        shape += f", {row['memory_gib']:g} GiB" if "memory_gib" in row else ""
+        shape += f", {row['processes']} GPUs" * (row["processes"] > 1) + mark
         kept = f"{_both(row, 'kept')} of {row['layers']}"
         kept += f", attention of {_both(row, 'kept_attention')}" if any(row.get("kept_attention", ())) else ""
         yield [

@@ -44,7 +44,7 @@ def test_each_kind_of_window_takes_its_time_at_the_rate_that_was_measured_for_it
         {"window": 4096, "long_window": 0, "hidden_size": 576, "tflops": 1.0},
         {"window": 4096, "long_window": 0, "processes": 2, "tflops": 1.0},
         {"window": 4096, "long_window": 0, "engine": "LinearARD", "tflops": 1.0},
-        {"window": 4096, "long_window": 32_768, "tflops": 1.0},
+        {"window": 4096, "long_window": 32_768, "hidden_size": 576, "tflops": 1.0},
         {"window": 4096, "long_window": 0, "quantize": "4bit", "tflops": 1.0},
         {"window": 4096, "long_window": 0, "error": "out of memory"},
     )
@@ -70,8 +70,23 @@ def test_another_gpu_lends_its_share_where_the_named_one_was_not_measured(tmp_pa
     assert seconds(tmp_path, gpu=A100) == pytest.approx(seconds(tmp_path) * 989.4 / 312)
     share = Speeds(tmp_path).share(A100, 4096, MIXED.config, 4096, distils=True)
     assert share.source == "measured on H100 with 7b and 4,096 tokens (engine-H100.json)"
-    results(tmp_path, "NVIDIA A100-SXM4-80GB", {"window": 8192, "long_window": 0, "tflops": 0.25 * 312})
+    results(tmp_path, "NVIDIA A100-SXM4-80GB", {"window": 4096, "long_window": 0, "tflops": 0.25 * 312})
     assert Speeds(tmp_path).share(A100, 4096, MIXED.config, 4096, distils=True).value == pytest.approx(0.25)
+
+
+def test_a_step_of_both_kinds_of_windows_tells_more_than_windows_alone(tmp_path: Path) -> None:
+    rows = [
+        {"window": 4096, "long_window": 0, "tflops": 0.5 * 989.4},
+        {"window": 0, "long_window": 32_768, "tflops": 0.5 * 989.4},
+        {"window": 4096, "long_window": 32_768, "tflops": 0.4 * 989.4},
+    ]
+    results(tmp_path, "NVIDIA H100 80GB HBM3", *rows[:2])
+    alone = seconds(tmp_path)
+    results(tmp_path, "NVIDIA H100 80GB HBM3", *rows)
+    assert seconds(tmp_path) == pytest.approx(alone * 0.5 / 0.4)
+    rows[2] |= {"hidden_size": 576}
+    results(tmp_path, "NVIDIA H100 80GB HBM3", *rows)
+    assert seconds(tmp_path) == pytest.approx(alone), "a model seven times as narrow tells nothing of it"
 
 
 def test_without_a_measurement_the_share_is_assumed_and_called_so(tmp_path: Path) -> None:

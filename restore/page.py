@@ -210,6 +210,7 @@ _OBJECTIVE_NOTES: dict[Objective, str] = {
     "self_relation": "how far queries, keys and values relate otherwise to their own kind than in the frozen native model",
     "logits": "how far the predictions of the next word are from the native model's",
     "hidden": "how far its hidden states are from the native model's",
+    "short_lm": "how surprising the text of native windows is",
     "lm": "how surprising long text is",
     "retrieval": "how surprising the answers to facts are that were woven into long text",
 }

@@ -5,7 +5,7 @@ import re
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 from xml.etree import ElementTree
 
 import pytest
@@ -13,6 +13,7 @@ import pytest
 from ard_serve.artifact import DataRecord, RecipeRecord
 from ard_serve.errors import UsageError
 from restore import evaluate, plots, report
+from restore.config import Objective
 from restore.evaluation.config import EvalConfig
 from restore.evaluation.results import (
     Evaluation,
@@ -147,6 +148,9 @@ def test_the_headline_says_what_was_kept_and_what_it_cost(
     assert "10 steps at 777 tokens a second" in text
     quick = [row | {"seconds": 10.0, "tokens_per_s": 77.0} if row["step"] % 2 else row for row in steps]
     assert "10 steps at 602 tokens a second" in Text(html_page(found, restoration, quick)).text
+    every = [row | dict.fromkeys(get_args(Objective), 1.0) for row in steps]
+    explained = Text(html_page(found, restoration, every)).text
+    assert not [objective for objective in get_args(Objective) if f"({objective})" not in explained]
     reached = replace(restoration, served_limit=4096, trained_on="NVIDIA H200")
     text = Text(write(tmp_path, found, restoration=reached, steps=steps)[1]).text
     assert "4,096 tokens served longest length that meets every limit" in text

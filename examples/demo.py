@@ -15,8 +15,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
+import torch
 from rich.console import Console
 from rich.table import Table
+
+from restore import devices
 
 BIN = Path(sys.executable).parent
 HERE = Path(__file__).parent
@@ -38,9 +41,10 @@ def main() -> None:
     DEMO.mkdir(exist_ok=True)
     step("a real model as a Hugging Face folder", MODEL / "tokenizer.json", [sys.executable, "examples/smollm2.py", MODEL])
     resume = ["--resume"] if any(RUN.glob("checkpoints/step-*")) else []
-    restore = ["restore", MODEL, "--config", "examples/demo.yaml", "--out", RUN, "--no-evaluate", *resume]
+    dtype = [] if devices.is_fast("bf16", "cuda" if torch.cuda.is_available() else "cpu") else ["--dtype", "fp32"]
+    restore = ["restore", MODEL, "--config", "examples/demo.yaml", "--out", RUN, "--no-evaluate", *dtype, *resume]
     step("stretch 8,192 tokens to 32,768 and restore", RUN / "model" / "ard-manifest.json", ard(*restore))
-    evaluate = ["eval", RUN / "model", "--config", "examples/demo-eval.yaml", "--base", MODEL, "--out", EVALUATION]
+    evaluate = ["eval", RUN / "model", "--config", "examples/demo-eval.yaml", "--base", MODEL, "--out", EVALUATION, *dtype]
     step("native, stretched and restored on a held-out book", EVALUATION / "evaluation.json", ard(*evaluate))
     export = ["export", RUN, "--evaluation", EVALUATION / "evaluation.json", "--out", DEMO / "exported"]
     step("export with the scores in its model card", DEMO / "exported" / "ard-manifest.json", ard(*export))

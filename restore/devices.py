@@ -1,5 +1,6 @@
-"""GPUs by their data sheets: what a plan can reckon with before it has seen one."""
+"""GPUs by their data sheets: what a plan can reckon with before it has seen one; and CPUs that are slow in bf16."""
 
+import logging
 from dataclasses import dataclass
 
 import torch
@@ -43,6 +44,25 @@ GPUS = {
 }
 # Other cards of the same chip are slower than the one in the table.
 _OTHER_CARDS = ("PCIe", "NVL", "Laptop", "40GB", "4090 D")
+
+
+_log = logging.getLogger(__name__)
+
+
+def is_fast(dtype: str, device_type: str) -> bool:
+    """Whether `device_type` ("cuda" or "cpu") multiplies matrices of `dtype` ("bf16" or "fp32") at its own pace.
+
+    PyTorch has fast bf16 products on x86 CPUs with AVX-512 or AMX and on newer Arm ones; elsewhere it adds number by number.
+    """
+    if device_type != "cpu" or dtype != "bf16":
+        return True
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def warn_if_slow(dtype: str, device_type: str) -> None:
+    """Tell whoever asked for a slow dtype, before it costs them hours."""
+    if not is_fast(dtype, device_type):
+        _log.warning("dtype = %s: this CPU takes many times as long for its products as for fp32's; try --dtype fp32", dtype)
 
 
 def named(device: torch.device) -> Gpu | None:

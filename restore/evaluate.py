@@ -17,7 +17,7 @@ import ard_serve
 from ard_serve.artifact import Manifest, read_manifest
 from ard_serve.console import progress
 from ard_serve.errors import UsageError
-from restore import data, loading, report
+from restore import data, devices, loading, report
 from restore.evaluation import compare, gate, harness, perplexity, preflight, retrieval, sliding, tasks
 from restore.evaluation.config import EvalConfig, GateConfig
 from restore.evaluation.haystack import Haystack
@@ -186,6 +186,7 @@ class Candidate:
         device = settings.device
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
+        devices.warn_if_slow(settings.dtype, device)
         return Loaded(loading.load(self.folder, _DTYPES[settings.dtype], device, self.config), settings.batch_tokens)
 
 

@@ -12,7 +12,7 @@ from torch.nn.functional import linear
 from ard_serve import console
 from ard_serve.artifact import DataRecord, Quality, RecipeRecord
 from ard_serve.errors import QualityGateError, UsageError
-from restore import checkpoint, metrics, report
+from restore import checkpoint, devices, metrics, report
 from restore.config import RestoreConfig
 from restore.data import read_documents, split_documents, tokenize, write_documents
 from restore.evaluate import evaluate_restoration, machine
@@ -121,6 +121,7 @@ def _prepare(config: RestoreConfig, world: World) -> tuple[Loaded, Trainer]:
     plan = plan_steps(config, rope)
     _log.info("%s: %d tokens to %d, %s", folder, rope.native_window, rope.target_length, rope.rope_type)
     _log.info("%s", plan)
+    devices.warn_if_slow(config.dtype, _device_type(config))
     train_documents, held_documents = split_documents(read_documents(config.data), config.validation_share, config.seed)
     settled, needed = check_memory(read_config(folder), rope, config, _device(config), world)
     _log.info("memory: about %s", needed)

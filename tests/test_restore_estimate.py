@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from ard_serve.cli import main
 from restore import devices
@@ -116,6 +117,26 @@ def test_a_gpu_is_found_by_what_people_call_it(tmp_path: Path, capsys: pytest.Ca
     for wrong in ("B200", "H", "-"):
         assert main(["restore", str(tmp_path), "--target-length", "512", "--estimate", f"--gpu={wrong}"]) == 2
         assert "not known; one of H100, H200" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("supported", "dtype", "device"), [(True, "bf16", "cpu"), (False, "fp32", "cpu"), (False, "bf16", "cuda")]
+)
+def test_a_dtype_that_is_fast_is_nothing_to_warn_of(
+    supported: bool, dtype: str, device: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: supported)
+    devices.warn_if_slow(dtype, device)
+    assert not caplog.text
+
+
+def test_a_cpu_that_is_slow_in_bf16_says_so_with_a_remedy(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    devices.warn_if_slow("bf16", "cpu")
+    assert "dtype = bf16: this CPU takes many times as long" in caplog.text
+    assert "--dtype fp32" in caplog.text
 
 
 MEASURED = [(path, run, row) for path in sorted(RESULTS.glob("engine-*.json")) for run in json.loads(path.read_text())["runs"]

@@ -84,7 +84,7 @@ def test_a_7b_models_window_by_hand() -> None:
     backward = 2 * tokens * weights + 2 * attention
     learning = 2 * tokens * adapters * 3
     head = 2 * tokens * channels * vocabulary
-    expected = 2 * forward + backward + learning + 3 * head
+    expected = 2 * forward + backward + learning + 3 * head + 2 * head  # logits of both faces, then short_lm
     found = counter.distilled(tokens)
     assert found.model == expected
     assert found.relations == layers * 8 * tokens**2 * channels
@@ -114,7 +114,8 @@ def test_a_run_is_its_windows_and_validation_runs_forward_alone() -> None:
     reading, read = counter.read(4096), counter.read(4096, trains=False)
     last = 32 * 2 * 4096 * 4096 * 11008
     assert reading.again == read.model - counter._head(4096) - last, "all but the head and each layer's last product"
-    assert training.model - forward.model == reading.model - read.model, "the student's backward"
+    of_short_lm = counter._head(4096)
+    assert training.model - forward.model - of_short_lm == reading.model - read.model, "the student's backward"
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 from ard_serve.console import progress, setup_logging
 from ard_serve.errors import ArdError
+from restore import devices
 from restore.data import Document, TokenStream, Windows, evenly_spaced, read_documents, tokenize
 
 # What makes a family: the heads of Qwen3 are normalised and wider than hidden / heads, Qwen2 has biases, Mistral neither.
@@ -101,7 +102,7 @@ def fit(model: Any, batches: Iterator[Tensor], seconds: float) -> int:
             for group in optimizer.param_groups:
                 group["lr"] = _rate(spent / seconds)
             ids_BT = next(batches)
-            with torch.autocast(ids_BT.device.type, dtype=torch.bfloat16):
+            with _bf16(ids_BT.device.type):
                 loss = model(ids_BT, labels=ids_BT).loss
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
@@ -112,6 +113,11 @@ def fit(model: Any, batches: Iterator[Tensor], seconds: float) -> int:
                 bar.advance(spent - shown_s, f"loss {loss.item():.3f}")
                 shown_s = spent
     return tokens
+
+
+def _bf16(device_type: str) -> torch.autocast:
+    """Products in bf16, where they are faster than in fp32."""
+    return torch.autocast(device_type, dtype=torch.bfloat16, enabled=devices.is_fast("bf16", device_type))
 
 
 def _rate(done: float) -> float:
@@ -133,7 +139,7 @@ def held_out_loss(model: Any, stream: TokenStream, window: int) -> float:
     losses = []
     for ids_BT in evenly_spaced(stream, window, 64):
         on_device = ids_BT.to(model.device)
-        with torch.autocast(model.device.type, dtype=torch.bfloat16):
+        with _bf16(model.device.type):
             losses.append(model(on_device, labels=on_device).loss.item())
     return float(np.mean(losses))
 

@@ -17,7 +17,7 @@ def test_a_small_model_of_a_family_can_be_stretched(
     small = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 8}
     monkeypatch.setattr(train_small, "_SHAPE", small)
     words = [family, "--data", str(texts), "--held-out", str(texts / "book-0.txt"), "--out", str(tmp_path / "model")]
-    sizes = ["--window", "64", "--vocabulary", "300", "--layers", "1", "--batch-tokens", "1024", "--minutes", "0.05"]
+    sizes = ["--window", "64", "--vocabulary", "300", "--layers", "1", "--batch-tokens", "1024", "--minutes", "0.15"]
     assert train_small.main([*words, *sizes]) == 0
     found = inspect(tmp_path / "model")
     assert (found.config["model_type"], found.config["num_hidden_layers"]) == (family, 1)

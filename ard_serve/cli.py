@@ -12,6 +12,7 @@ from ard_serve.errors import EXIT_INTERRUPTED, ArdError, UsageError
 
 if TYPE_CHECKING:
     from ard_serve.settings import Settings
+    from loadtests.config import CompareConfig, PredictConfig
     from restore.config import EstimateConfig
 
 # Runs a job on the parsed flags and returns its exit code.
@@ -135,17 +136,29 @@ def _serve(parser: argparse.ArgumentParser, words: Sequence[str]) -> Job:
     return with_engine_args
 
 
+def _predict(config: "PredictConfig") -> int:
+    from loadtests import predict
+
+    return predict.run(config)
+
+
+def _compare(config: "CompareConfig") -> int:
+    from loadtests import compare
+
+    return compare.run(config)
+
+
 def _loadtest(parser: argparse.ArgumentParser, words: Sequence[str]) -> Job:
     if "--predict" in words:
-        from loadtests import predict
+        from loadtests.config import PredictConfig
 
         parser.add_argument("--predict", action="store_true", help="say what fits, from the model's folder, without a server")
-        return _settings(parser, predict.PredictConfig, predict.run, positional=("model",))
+        return _settings(parser, PredictConfig, _predict, positional=("model",))
     if "--compare" in words:
-        from loadtests import compare
+        from loadtests.config import CompareConfig
 
         parser.add_argument("--compare", action="store_true", help="compare two runs: exit code 7 when the second is worse")
-        return _settings(parser, compare.CompareConfig, compare.run, positional=("base", "other"))
+        return _settings(parser, CompareConfig, _compare, positional=("base", "other"))
     if "--cost" in words:
         from loadtests import cost
 

@@ -2,17 +2,15 @@
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field
 
 from ard_serve import console
 from ard_serve.errors import QualityGateError, UsageError
-from ard_serve.settings import Settings
 from loadtests.alarms import falling_p, mcnemar_p
+from loadtests.config import CompareConfig
 from loadtests.output import read_result, write_text
 from loadtests.records import CellResult, Record, RequestRecord, RunResult
 from loadtests.units import short_ms
@@ -31,19 +29,6 @@ _LATENCIES: dict[str, Callable[[RequestRecord], float | None]] = {
     "longest gap": lambda record: record.longest_gap_ms,
 }
 _SCHEDULED = "scheduled"  # planned arrival to last token, the headline of an open loop; in a closed one it is E2E again
-
-
-class CompareConfig(Settings):
-    """A comparison of two results of `ard loadtest`."""
-
-    base: Path = Field(description="result.json (or its folder) that is taken as the norm")
-    other: Path = Field(description="result.json (or its folder) that is judged")
-    allowed: float = Field(0.1, ge=0, le=10, description="share by which a median may be slower before it is a regression")
-    confidence: float = Field(0.99, gt=0.5, lt=1, description="confidence of each interval")
-    accuracy_p: float = Field(
-        0.02, gt=0, lt=1, description="chance below which lost answers or further failures are a regression"
-    )
-    out: Path | None = Field(None, description="file for the comparison as JSON")
 
 
 class Difference(Record):

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from ard_serve.errors import DataError, QualityGateError, ResourceError, UsageError
-from loadtests.compare import CompareConfig, compare, judge, run
+from loadtests.compare import compare, judge, run
+from loadtests.config import CompareConfig
 from loadtests.metrics import accuracy, distribution
 from loadtests.records import CellResult, RequestRecord, RunResult
 

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from ard_serve.errors import ModelError, ResourceError
+from loadtests.config import PredictConfig
 from loadtests.memory import fitting_concurrency, kv_shape, peak_use
-from loadtests.predict import PredictConfig, predict
+from loadtests.predict import predict
 from loadtests.predict import run as run_predict
 from loadtests.records import RequestRecord
 from loadtests.units import parse_bytes

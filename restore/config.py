@@ -92,6 +92,7 @@ class RestoreConfig(Settings):
     )
     min_learning_rate_ratio: float = Field(0.1, ge=0, le=1, description="the cosine ends at this share of the peak rate")
     warmup_steps: int = Field(4, ge=0, description="steps of linear warm-up; the first counted step already has a rate above 0")
+    adam_beta2: float = Field(0.999, ge=0, lt=1, description="decay of AdamW's mean of squared gradients in a step")
     weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay of the adapters")
     max_grad_norm: PositiveFloat = Field(1.0, description="gradients are clipped once a step to this global norm")
     seed: int = Field(0, ge=0, description="seed of the data order and of the adapters")

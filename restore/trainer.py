@@ -64,7 +64,11 @@ class Trainer:
         self._validation = validation_batches(self.plan, config, validation, weaver)
         self._parameters = faces.adapters.state()
         self._optimizer = torch.optim.AdamW(
-            self._parameters.values(), lr=self.peak_rate, weight_decay=config.weight_decay, fused=True
+            self._parameters.values(),
+            lr=self.peak_rate,
+            betas=(0.9, config.adam_beta2),
+            weight_decay=config.weight_decay,
+            fused=True,
         )
         self._device = faces.model.device
         self._counter = Counter(faces.model.config.to_dict(), config)

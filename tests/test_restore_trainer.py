@@ -158,6 +158,16 @@ def test_gradients_are_clipped_once_to_the_norm_of_the_whole_step(make_trainer: 
     assert float(total) == pytest.approx(1e-3, rel=1e-3)
 
 
+def test_the_decay_of_squared_gradients_is_the_one_that_is_set(make_trainer: Callable[..., Trainer]) -> None:
+    trainer = make_trainer(adam_beta2=0.5)
+    trainer.step()
+    gradients = {name: parameter.grad for name, parameter in trainer._parameters.items()}
+    for name, parameter in trainer._parameters.items():
+        gradient = gradients[name]
+        assert gradient is not None
+        torch.testing.assert_close(trainer._optimizer.state[parameter]["exp_avg_sq"], 0.5 * gradient.square())
+
+
 @pytest.mark.parametrize("at_once", [1, 2])
 def test_accumulated_windows_give_the_mean_gradient(
     make_trainer: Callable[..., Trainer], monkeypatch: pytest.MonkeyPatch, at_once: int

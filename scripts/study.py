@@ -99,11 +99,11 @@ class Work:
 
     def train(self, config: RestoreConfig) -> bool:
         """Whether there is a restored model; a recipe that diverges is a result too, and is not tried again."""
-        failure = config.out.with_suffix(".failed")
+        failure = _beside(config.out, "failed")
         if (config.out / MODEL).exists() or failure.exists():
             return not failure.exists()
         self.need(0)
-        settings = config.out.with_suffix(".yaml")
+        settings = _beside(config.out, "yaml")
         config.save(settings)
         resume = ["--resume"] if any((config.out / CHECKPOINTS).glob("step-*")) else []
         code = self.ard("restore", "--config", str(settings), *resume)
@@ -170,6 +170,11 @@ class Work:
     def need(self, seconds: float) -> None:
         if time.monotonic() + seconds > self.deadline:
             raise OutOfTimeError
+
+
+def _beside(folder: Path, ending: str) -> Path:
+    """`folder`.`ending`; names such as `tokens-0.5M-yarn-0` have a dot of their own."""
+    return folder.with_name(f"{folder.name}.{ending}")
 
 
 def main(arguments: list[str] | None = None) -> int:

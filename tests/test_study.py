@@ -84,16 +84,19 @@ def test_a_run_that_diverges_is_left_out_and_any_other_mistake_ends_the_study(
     asked: list[str] = []
 
     def diverges_once(self: study.Work, *words: str) -> int:
-        asked.append(words[2])
+        asked.append(Path(words[2]).name)
         return 6 if len(asked) == 1 else 4
 
+    # Names with a dot, that are alike in front of it.
+    fields = yaml.safe_load(settings.read_text()) | {"recipes": {"rate-0.5": {}, "rate-0.25": {"learning_rate": 0.25}}}
+    (tmp_path / "dots.yaml").write_text(yaml.safe_dump(fields))
     monkeypatch.setattr(study.Work, "ard", diverges_once)
-    words = [str(settings), "--out", str(tmp_path), "--results", str(tmp_path)]
+    words = [str(tmp_path / "dots.yaml"), "--out", str(tmp_path), "--results", str(tmp_path)]
     assert study.main(words) == 3
-    assert [Path(name).stem for name in asked] == ["ours-yarn-3", "paper-yarn-3"]
-    assert (tmp_path / "ours-yarn-3.failed").exists()
+    assert asked == ["rate-0.5-yarn-3.yaml", "rate-0.25-yarn-3.yaml"]
+    assert (tmp_path / "rate-0.5-yarn-3.failed").exists()
     study.main(words)
-    assert [Path(name).stem for name in asked][2:] == ["paper-yarn-3"]
+    assert asked[2:] == ["rate-0.25-yarn-3.yaml"]
 
 
 def test_results_of_another_machine_are_merged_once(tmp_path: Path) -> None:
@@ -118,6 +121,7 @@ def test_a_command_is_stopped_when_the_piece_is_over(settings: Path, tmp_path: P
         ("study-smollm2", "linearard-linear-2"),
         ("study-smollm2-ablation", "with-jumps-yarn-0"),
         ("study-smollm2-search", "less-lm-yarn-0"),
+        ("study-smollm2-balance", "facts-0.1-yarn-0"),
     ],
 )
 def test_the_examples_are_studies(example: str, run: str) -> None:

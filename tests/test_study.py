@@ -89,7 +89,7 @@ def test_a_run_that_diverges_is_left_out_and_any_other_mistake_ends_the_study(
 
     # Names with a dot, that are alike in front of it.
     fields = yaml.safe_load(settings.read_text()) | {"recipes": {"rate-0.5": {}, "rate-0.25": {"learning_rate": 0.25}}}
-    (tmp_path / "dots.yaml").write_text(yaml.safe_dump(fields))
+    (tmp_path / "dots.yaml").write_text(yaml.safe_dump(fields, sort_keys=False))
     monkeypatch.setattr(study.Work, "ard", diverges_once)
     words = [str(tmp_path / "dots.yaml"), "--out", str(tmp_path), "--results", str(tmp_path)]
     assert study.main(words) == 3

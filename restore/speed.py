@@ -15,10 +15,10 @@ from restore.plan import Plan
 
 # Of a source checkout; an installed package has no measurements and assumes.
 _RESULTS = Path(__file__).parent.parent / "docs" / "results"
-# What steps of a 7B model reached on an H100, every layer recomputed (docs/results/engine-h100.json).
+# What steps of a 7B model reached on an H100 by the first program, every layer recomputed.
 _ASSUMED = 0.3
-# Another GPU, or a program since improved, is as far away as twice the width.
-_OTHERWISE = math.log(2)
+# Another GPU is as far away as twice the width.
+_OTHER_GPU = math.log(2)
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Speeds:
         for path in sorted(folder.glob("engine-*.json")):
             for run in json.loads(path.read_text(encoding="utf-8"))["runs"]:
                 gpu = devices.by_name(run["machine"]["device"])
-                told = {"gpu": gpu, "file": path.name, "superseded": "superseded" in run}
+                told = {"gpu": gpu, "file": path.name}
                 self._rows += [row | told for row in run["rows"] if gpu and _counts(row)]
 
     def training(self, gpu: Gpu, base: Mapping[str, Any], config: RestoreConfig, plan: Plan) -> Training:
@@ -89,9 +89,9 @@ class Speeds:
             windows = _apart(row["window"], plan.window) + _apart(row["long_window"], plan.long_window)
             return _distance(row, gpu, hidden_size) + windows
 
-        alike = [row for row in self._alike(config) if row["window"] and row["long_window"] and not row["superseded"]]
+        alike = [row for row in self._alike(config) if row["window"] and row["long_window"]]
         row = min(alike, key=distance, default=None)
-        if row is None or distance(row) > 2 * _OTHERWISE:
+        if row is None or distance(row) > 2 * _OTHER_GPU:
             return None
         return _told(row, gpu, f"{row['window']:,} and {row['long_window']:,} tokens")
 
@@ -107,7 +107,7 @@ def _told(row: Mapping[str, Any], gpu: Gpu, windows: str) -> Share:
 
 def _distance(row: Mapping[str, Any], gpu: Gpu, hidden_size: int) -> float:
     """How far a measured step is from one on `gpu` by a model so wide, windows apart."""
-    return _apart(row["hidden_size"], hidden_size) + _OTHERWISE * (int(row["gpu"] != gpu) + int(row["superseded"]))
+    return _apart(row["hidden_size"], hidden_size) + _OTHER_GPU * int(row["gpu"] != gpu)
 
 
 def _counts(row: Mapping[str, Any]) -> bool:

@@ -72,14 +72,11 @@ def _hopper(results: Any) -> Iterator[list[str]]:
 def _engine(results: Any) -> Iterator[list[str]]:
     yield ["shape", "recipe", "native window", "long window", "layers kept", "seconds a step", "tokens/s", "share",
            "with recomputation", "peak, GiB", "forecast, GiB"]  # fmt: skip
-    rows = [(row, "†" if "superseded" in run else "") for run in results["runs"] for row in run["rows"]
-            if "seconds" in row and "engine" not in row]  # fmt: skip
-    for row, mark in sorted(
-        rows, key=lambda row: (-row[0]["hidden_size"], row[0]["recipe"] != "default", row[0]["window"] == 0)
-    ):
+    rows = [row for run in results["runs"] for row in run["rows"] if "seconds" in row and "engine" not in row]
+    for row in sorted(rows, key=_order):
         shape = row["shape"].upper() + (f" in {row['quantize'].replace('bit', ' bit')}" if row["quantize"] else "")
         shape += f", {row['memory_gib']:g} GiB" if "memory_gib" in row else ""
-        shape += f", {row['processes']} GPUs" * (row["processes"] > 1) + mark
+        shape += f", {row['processes']} GPUs" * (row["processes"] > 1)
         kept = f"{_both(row, 'kept')} of {row['layers']}"
         kept += f", attention of {_both(row, 'kept_attention')}" if any(row.get("kept_attention", ())) else ""
         yield [
@@ -88,6 +85,17 @@ def _engine(results: Any) -> Iterator[list[str]]:
             f"{row['tflops_with_recomputation'] / row['matmul_tflops']:.2f}", f"{row['peak_gib']:.2f}",
             f"{row['forecast_gib']:.2f}",
         ]  # fmt: skip
+
+
+def _order(row: Row) -> tuple[Any, ...]:
+    """Wide models first, and of each the recipes that distil before those that only read."""
+    return (
+        -row["hidden_size"],
+        row["recipe"] != "default",
+        row["recipe"] == "linearard",
+        row["window"] == 0,
+        row["window"] or row["long_window"],
+    )
 
 
 def _both(row: Row, name: str) -> str:

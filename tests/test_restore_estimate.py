@@ -145,7 +145,7 @@ MEASURED = [(path, run, row) for path in sorted(RESULTS.glob("engine-*.json")) f
 
 @pytest.mark.skipif(not MEASURED, reason="no docs/results/engine-*.json: no GPU has run restore.bench yet")
 def test_estimates_agree_with_what_was_measured_within_a_tenth() -> None:
-    """Memory of every row that today's program would give; time of the steps that mix both kinds of windows, from rows of one
+    """Memory of every row; time of the steps that mix both kinds of windows, from rows of one
     kind where that shape has both.
 
     Another shape's rate tells nothing of a model that waits for launches (docs/training.md).
@@ -160,8 +160,6 @@ def test_estimates_agree_with_what_was_measured_within_a_tenth() -> None:
             {"long_window": row["long_window"]} if row["long_window"] else {}
         )
         case = Case(row["shape"], row["window"] or row["long_window"], settings)
-        if "superseded" in run:
-            continue
         needed = forecast(case.base, case.rope, case.config, Kept(*row["kept"], *row.get("kept_attention", ())))
         assert needed.peak_bytes / 2**30 == pytest.approx(row["peak_gib"], rel=0.1), name
         gpu = devices.by_name(run["machine"]["device"])

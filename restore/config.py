@@ -16,7 +16,7 @@ LONG: frozenset[Objective] = frozenset({"lm", "retrieval"})
 
 # A recipe is a weight for each objective; docs/decisions/0001-default-recipe.md says why `default` is what it is.
 RECIPES: dict[str, dict[Objective, float]] = {
-    "default": {"attention": 1.0, "logits": 0.25, "short_lm": 1.0, "lm": 1.0, "retrieval": 0.5},
+    "default": {"attention": 1.0, "logits": 0.25, "short_lm": 1.0, "lm": 1.0, "retrieval": 0.05},
     "distill": {"attention": 1.0, "logits": 1.0},
     "linearard": {"self_relation": 1.0},
     "cpt": {"lm": 1.0},
@@ -164,6 +164,15 @@ class RestoreConfig(Settings):
     def cut(self) -> float:
         """`cut_share`, or the recipe's."""
         return _CUT_SHARES.get(self.recipe, 0.0) if self.cut_share is None else self.cut_share
+
+    @property
+    def recipe_name(self) -> str:
+        """The recipe whose objectives are in use, or `custom`."""
+        return self.recipe if self.objectives is None or self.weights == RECIPES[self.recipe] else "custom"
+
+    def spelled_out(self) -> Self:
+        """The same run with what its recipe stands for now, which another version may change."""
+        return self.model_copy(update={"objectives": self.weights, "cut_share": self.cut})
 
     @property
     def distils(self) -> bool:

@@ -143,7 +143,7 @@ def _prepare(config: RestoreConfig, world: World) -> tuple[Loaded, Trainer]:
     weaver = Weaver(tokenizer, config.retrieval_spacing) if "retrieval" in config.weights else None
     trainer = Trainer(loaded.faces, settled, rope, train, held, config.out, world, weaver)
     if world.leads:
-        config.model_copy(update={"learning_rate": trainer.peak_rate}).save(config.out / CONFIG)
+        config.spelled_out().model_copy(update={"learning_rate": trainer.peak_rate}).save(config.out / CONFIG)
         write_documents(held_documents, config.out / HELD_OUT)
         source = ", ".join(config.data)
         record = DataRecord(source=source, documents=train.documents, tokens=len(train.ids), sha256=train.sha256)
@@ -191,7 +191,7 @@ def _publish(
 ) -> None:
     config, rope = loaded.config, loaded.rope
     recipe = RecipeRecord(
-        name=config.recipe if config.objectives is None else "custom",
+        name=config.recipe_name,
         objectives=config.weights,
         trainable=_trained(config),
         steps=steps,

@@ -273,7 +273,7 @@ def _fingerprint(config: RestoreConfig, train: TokenStream, validation: TokenStr
         "out", "resume", "resume_changed", "evaluate", "evaluation", "gate", "checkpoint_every", "recompute",
         "gpu_memory_utilization", "device", "data", "model",
     }  # fmt: skip
-    settings: dict[str, Any] = config.model_dump(mode="json", exclude=free)
+    settings: dict[str, Any] = config.spelled_out().model_dump(mode="json", exclude=free)
     return settings | {"train data": train.sha256, "validation data": validation.sha256, "threads": torch.get_num_threads()}
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import httpx
 import pytest
 import torch
+import yaml
 from transformers import AutoModelForCausalLM
 
 from ard_serve import cli
@@ -94,7 +95,9 @@ def test_the_result_is_complete_and_as_promised(run: Path) -> None:
     verify(run / "model", manifest)
     assert manifest.quality.restored is not None
     assert manifest.quality.restored.perplexity.keys() == {128, 512}
-    assert (manifest.recipe.steps, manifest.recipe.objectives) == (6, RECIPES["default"])
+    assert (manifest.recipe.name, manifest.recipe.steps, manifest.recipe.objectives) == ("default", 6, RECIPES["default"])
+    settings = yaml.safe_load((run / "config.yaml").read_text())
+    assert (settings["objectives"], settings["cut_share"]) == (RECIPES["default"], 0.5), "what the recipe stands for"
     assert {"config.yaml", "metrics.jsonl", "evaluation.json", "report.html", "held-out.jsonl"} <= {
         p.name for p in run.iterdir()
     }

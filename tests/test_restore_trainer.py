@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from ard_serve.errors import DataError, NumericsError, ResourceError, UsageError
 from restore import checkpoint, metrics
-from restore.config import RestoreConfig
+from restore.config import RECIPES, RestoreConfig
 from restore.data import TokenStream
 from restore.flops import Counter
 from restore.loading import load, load_tokenizer
@@ -254,6 +254,18 @@ def test_resuming_with_other_settings_is_refused_with_the_difference(make_traine
     make_trainer("run").train()
     with pytest.raises(UsageError, match=r"resume: learning_rate is 0\.02, the checkpoint was made with 0\.01"):
         make_trainer("run", resume=True, learning_rate=0.02).train()
+
+
+@pytest.mark.fault("R16")
+def test_resuming_by_a_version_whose_recipe_is_another_is_refused(
+    make_trainer: Callable[..., Trainer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_trainer("run", recipe="distill").train()
+    monkeypatch.setitem(RECIPES, "distill", {"attention": 1.0, "logits": 2.0})
+    with pytest.raises(
+        UsageError, match=r"resume: objectives is .*'logits': 2\.0.*, the checkpoint was made with .*'logits': 1\.0"
+    ):
+        make_trainer("run", recipe="distill", resume=True).train()
 
 
 @pytest.mark.fault("R16")

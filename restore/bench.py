@@ -33,7 +33,7 @@ from restore.trainer import Trainer
 
 _GIB = 1 << 30
 # The side of the square matrices whose product is the ceiling.
-_PRODUCT = {"cuda": 8192, "cpu": 1024}
+_PRODUCT = {"cuda": 8192, "cpu": 256}
 
 
 def main() -> None:

@@ -17,8 +17,8 @@ from restore.plan import Plan
 _RESULTS = Path(__file__).parent.parent / "docs" / "results"
 # What steps of a 7B model reached on an H100 by the first program, every layer recomputed.
 _ASSUMED = 0.3
-# Another GPU is as far away as twice the width.
-_OTHER_GPU = math.log(2)
+# Another GPU is as far away as twice the width, another recipe for the same windows as a tenth more.
+_OTHER_GPU, _OTHER_RECIPE = math.log(2), math.log(1.1)
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class Speeds:
         alike = [row for row in self._alike(config) if row[kind] and not row[other]]
         if not alike:
             return Share(_ASSUMED, "assumed")
-        row = min(alike, key=lambda row: _distance(row, gpu, hidden_size) + _apart(row[kind], window))
+        row = min(alike, key=lambda row: _distance(row, gpu, hidden_size, config) + _apart(row[kind], window))
         return _told(row, gpu, f"{row[kind]:,} tokens")
 
     def _of_both(self, gpu: Gpu, hidden_size: int, config: RestoreConfig, plan: Plan) -> Share | None:
@@ -87,7 +87,7 @@ class Speeds:
 
         def distance(row: Mapping[str, Any]) -> float:
             windows = _apart(row["window"], plan.window) + _apart(row["long_window"], plan.long_window)
-            return _distance(row, gpu, hidden_size) + windows
+            return _distance(row, gpu, hidden_size, config) + windows
 
         alike = [row for row in self._alike(config) if row["window"] and row["long_window"]]
         row = min(alike, key=distance, default=None)
@@ -105,9 +105,10 @@ def _told(row: Mapping[str, Any], gpu: Gpu, windows: str) -> Share:
     return Share(row["tflops"] / row["gpu"].matrix_tflops, f"measured{where} with {row['shape']} and {windows} ({row['file']})")
 
 
-def _distance(row: Mapping[str, Any], gpu: Gpu, hidden_size: int) -> float:
+def _distance(row: Mapping[str, Any], gpu: Gpu, hidden_size: int, config: RestoreConfig) -> float:
     """How far a measured step is from one on `gpu` by a model so wide, windows apart."""
-    return _apart(row["hidden_size"], hidden_size) + _OTHER_GPU * int(row["gpu"] != gpu)
+    otherwise = _OTHER_GPU * int(row["gpu"] != gpu) + _OTHER_RECIPE * int(row["recipe"] != config.recipe)
+    return _apart(row["hidden_size"], hidden_size) + otherwise
 
 
 def _counts(row: Mapping[str, Any]) -> bool:

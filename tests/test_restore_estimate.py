@@ -40,7 +40,8 @@ def test_each_kind_of_window_takes_its_time_at_the_rate_that_was_measured_for_it
         {"window": 4096, "long_window": 0, "recipe": "linearard", "tflops": 1.0},
         {"window": 4096, "long_window": 0, "tflops": 400.0},
         {"window": 0, "long_window": 32_768, "tflops": 500.0},
-        # Neither the first nor these are like the run: another recipe, other windows, another width, several GPUs, another trainer, a case that did not fit.
+        # Neither the first row nor these are like the run: another recipe,
+        # other windows, another width, several GPUs, another trainer, a case that did not fit.
         {"window": 32_768, "long_window": 0, "tflops": 1.0},
         {"window": 4096, "long_window": 0, "hidden_size": 576, "tflops": 1.0},
         {"window": 4096, "long_window": 0, "processes": 2, "tflops": 1.0},

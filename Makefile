@@ -40,8 +40,10 @@ types: setup
 imports: setup
 	$(BIN)/lint-imports
 
+# Two files at a time: most of a test's time is one process starting. What is held to a clock runs afterwards, alone.
 unit: setup
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	$(BIN)/python -m pytest -m "not slow and not gpu and not timing" --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest -m "timing and not slow and not gpu"
 
 test-slow: setup  ## The long checks that CI leaves out
 	$(BIN)/python -m pytest -m "slow and not gpu"

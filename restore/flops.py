@@ -80,12 +80,14 @@ class Counter:
         """
         teacher = self._layers(self._layer(tokens))
         relations = self._layers(self._relations_at(tokens))
-        logits, text = ((name in self.config.weights) * self._head(tokens) for name in ("logits", "short_lm"))
+        # The student's logits are there once, for all that is learnt from them.
+        teachers, students = "logits" in self.config.weights, not {"logits", "short_lm"}.isdisjoint(self.config.weights)
+        heads = (teachers + (1 + trains) * students) * self._head(tokens)
         if not trains:
             # Forward is 2 of a relation's 8: two products over half the tiles, against three over all of them.
-            return Flops(teacher + 2 * logits + text, relations // 4) + self._student(tokens, trains)
+            return Flops(teacher + heads, relations // 4) + self._student(tokens, trains)
         fronts = self._layers(2 * tokens * self._front()) if relations else 0
-        return Flops(teacher + 3 * logits + 2 * text, relations, fronts) + self._student(tokens, trains)
+        return Flops(teacher + heads, relations, fronts) + self._student(tokens, trains)
 
     def read(self, tokens: int, trains: bool = True) -> Flops:
         """A long window that the student reads alone; without backward when it does not train."""

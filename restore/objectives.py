@@ -15,7 +15,7 @@ from restore.kernels import cross_relation_kl, self_relation_kl
 from restore.model import TwoFaced
 from restore.positions import Jumps
 from restore.relations import Relations
-from restore.vocabulary import lm_loss, logits_kl, token_loss
+from restore.vocabulary import lm_loss, logits_kl, logits_kl_and_lm, token_loss
 
 # As many layers' hidden states as LongReD compares.
 _HIDDEN_LAYERS = 6
@@ -104,15 +104,21 @@ class Losses:
         positions_BT = None if jumps is None else jumps.positions_BT
         student, teacher, layers = self._faces.pair(ids_BT, compare if self._relations else None, positions_BT, see)
         parts = {name: self._over_layers(torch.stack([layer[name] for layer in layers])) for name in self._relations}
-        if "logits" in self._weights:
-            parts["logits"] = logits_kl(student, teacher, self._faces.head_weight_VC)
-        if "short_lm" in self._weights:
-            parts["short_lm"] = lm_loss(student, ids_BT, self._faces.head_weight_VC)
+        head_VC, logits, text = self._faces.head_weight_VC, self._weights.get("logits"), self._weights.get("short_lm")
+        shared: dict[str, Tensor] = {}
+        sums: list[Tensor] = []
+        if logits and text:
+            total, *both = logits_kl_and_lm(student, teacher, ids_BT, head_VC, (logits, text))
+            sums, shared = [total], dict(zip(("logits", "short_lm"), both, strict=True))
+        elif logits:
+            parts["logits"] = logits_kl(student, teacher, head_VC)
+        elif text:
+            parts["short_lm"] = lm_loss(student, ids_BT, head_VC)
         if "hidden" in self._weights:
             last = checkpoint(hidden_distance, student, teacher, use_reentrant=False)
             parts["hidden"] = torch.stack([*moved, last]).sum()
         layer_kl = torch.stack([self._weigh(layer).detach() for layer in layers]) if self._relations else None
-        return self._weigh(parts), parts, layer_kl
+        return torch.stack([*sums, *self._weighed(parts)]).sum(), parts | shared, layer_kl
 
     def language_model(self, ids_BT: Tensor, answers_N: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """What the student learns alone on one long window: weighted loss and each objective's own value.
@@ -133,4 +139,7 @@ class Losses:
         return values_L.mean() if self.layer_weights is None else (values_L * self.layer_weights).mean()
 
     def _weigh(self, parts: Mapping[str, Tensor]) -> Tensor:
-        return torch.stack([self._weights[name] * value for name, value in parts.items()]).sum()
+        return torch.stack(self._weighed(parts)).sum()
+
+    def _weighed(self, parts: Mapping[str, Tensor]) -> list[Tensor]:
+        return [self._weights[name] * value for name, value in parts.items()]

@@ -35,6 +35,38 @@ def logits_kl(student_BTC: Tensor, teacher_BTC: Tensor, head_VC: Tensor) -> Tens
     return _mean(student_BTC.flatten(0, 1), head_VC, chunk)
 
 
+def logits_kl_and_lm(
+    student_BTC: Tensor, teacher_BTC: Tensor, ids_BT: Tensor, head_VC: Tensor, weights: tuple[float, float]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`logits_kl` and `lm_loss` of the same hidden states from one pass of the student's logits.
+
+    Returns:
+        Their sum by `weights`, with a gradient to the student, and each by itself without one: scalars, fp32.
+    """
+    teacher_NC = teacher_BTC.flatten(0, 1)
+    # The last token of a text has no next; the others' mean is taken over all rows.
+    next_N1 = ids_BT.roll(-1, dims=1).reshape(-1, 1)
+    has_next_BT = torch.full(ids_BT.shape, ids_BT.shape[1] / (ids_BT.shape[1] - 1), device=ids_BT.device)
+    has_next_BT[:, -1] = 0
+    has_next_N1 = has_next_BT.reshape(-1, 1)
+    of_kl, of_lm = weights
+    sums = torch.zeros(2, device=ids_BT.device)
+
+    def chunk(student_NV: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+        teacher_NV = _log_probs(teacher_NC[rows], head_VC)
+        reads_N1 = has_next_N1[rows]
+        lm = -(student_NV.gather(1, next_N1[rows]) * reads_N1).sum()
+        probs_NV = teacher_NV.exp()
+        kl = teacher_NV.sub_(student_NV).mul_(probs_NV).sum()
+        sums.add_(torch.stack([kl, lm]))
+        grad_NV = student_NV.exp_().mul_(of_kl + of_lm * reads_N1).sub_(probs_NV, alpha=of_kl)
+        return of_kl * kl + of_lm * lm, grad_NV.scatter_add_(1, next_N1[rows], -of_lm * reads_N1)
+
+    loss = _mean(student_BTC.flatten(0, 1), head_VC, chunk)
+    kl, lm = sums / len(teacher_NC)
+    return loss, kl, lm
+
+
 def lm_loss(hidden_BTC: Tensor, ids_BT: Tensor, head_VC: Tensor) -> Tensor:
     """Mean next-token cross-entropy in nats of whole windows: scalar fp32."""
     return token_loss(hidden_BTC[:, :-1].flatten(0, 1), ids_BT[:, 1:].flatten(), head_VC)

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div, linear
 
 from restore import vocabulary
-from restore.vocabulary import lm_loss, logits_kl, token_loss
+from restore.vocabulary import lm_loss, logits_kl, logits_kl_and_lm, token_loss
 
 WINDOW, CHANNELS, VOCABULARY = 70, 24, 130
 
@@ -62,14 +62,8 @@ def test_losses_and_gradients_are_no_further_from_float64_than_plain_pytorchs(na
         assert error <= 1.05 * allowed + max(1e-6, torch.finfo(dtype).eps / 4)
 
 
-def test_chosen_tokens_alone_can_be_asked_for() -> None:
-    student, _, head, ids = inputs(torch.float32)
-    rows = torch.tensor([3, 17, 40])
-    chosen = token_loss(student[0, rows - 1], ids[0, rows], head)
-    torch.testing.assert_close(chosen, cross_entropy(linear(student[0, rows - 1], head), ids[0, rows]))
-
-
-def test_no_more_logits_than_one_chunk_exist_forward_or_backward(monkeypatch: pytest.MonkeyPatch) -> None:
+def rows_of_logits(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many rows each product with the head has, from here on."""
     seen: list[int] = []
     log_probs = vocabulary._log_probs
 
@@ -78,6 +72,48 @@ def test_no_more_logits_than_one_chunk_exist_forward_or_backward(monkeypatch: py
         return log_probs(hidden, head)
 
     monkeypatch.setattr(vocabulary, "_log_probs", counted)
+    return seen
+
+
+def test_both_losses_from_one_pass_are_those_of_two(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = rows_of_logits(monkeypatch)
+    student, teacher, head, ids = (value.double() if value.is_floating_point() else value for value in inputs(torch.float32))
+    student = student.detach().requires_grad_()
+    apart = 0.3 * plain_kl(student, teacher, head) + 2.0 * plain_lm(student, ids, head)
+    loss, kl, lm = logits_kl_and_lm(student, teacher, ids, head, (0.3, 2.0))
+    assert sum(seen) == 2 * 2 * WINDOW, "student and teacher, once each"
+    torch.testing.assert_close(loss.double(), apart, rtol=1e-5, atol=0)
+    torch.testing.assert_close(kl, plain_kl(student, teacher, head).float())
+    torch.testing.assert_close(lm, plain_lm(student, ids, head).float())
+    (expected,), (found,) = (torch.autograd.grad(3 * value, student) for value in (apart, loss))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_both_losses_are_no_further_from_float64_than_plain_pytorchs(dtype: torch.dtype) -> None:
+    def ours(hidden: Tensor, teacher: Tensor, ids: Tensor, head: Tensor) -> Tensor:
+        return logits_kl_and_lm(hidden, teacher, ids, head, (0.3, 2.0))[0]
+
+    def plain(hidden: Tensor, teacher: Tensor, ids: Tensor, head: Tensor) -> Tensor:
+        return 0.3 * plain_kl(hidden, teacher, head) + 2.0 * plain_lm(hidden, ids, head)
+
+    student, teacher, head, ids = inputs(dtype)
+    truth = both(plain, student.detach().double().requires_grad_(), teacher.double(), ids, head.double())
+    found, eager = both(ours, student, teacher, ids, head), both(plain, student, teacher, ids, head)
+    for value, reference, true in zip(found, eager, truth, strict=True):
+        error, allowed = (float((one - true).norm() / true.norm()) for one in (value, reference))
+        assert error <= 1.05 * allowed + max(1e-6, torch.finfo(dtype).eps / 4)
+
+
+def test_chosen_tokens_alone_can_be_asked_for() -> None:
+    student, _, head, ids = inputs(torch.float32)
+    rows = torch.tensor([3, 17, 40])
+    chosen = token_loss(student[0, rows - 1], ids[0, rows], head)
+    torch.testing.assert_close(chosen, cross_entropy(linear(student[0, rows - 1], head), ids[0, rows]))
+
+
+def test_no_more_logits_than_one_chunk_exist_forward_or_backward(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = rows_of_logits(monkeypatch)
     student, teacher, head, _ = inputs(torch.float32)
     loss = logits_kl(student, teacher, head)
     assert max(seen) == 32

@@ -161,7 +161,7 @@ def test_a_signal_saves_and_the_printed_command_goes_on(
 def test_a_signal_during_the_evaluation_ends_it_and_the_printed_command_goes_on(
     base: Path, texts: Path, tmp_path: Path
 ) -> None:
-    settings = {"evaluation": {"lengths": [128, 512], "windows": 20_000, "needle_samples": 0}}
+    settings = {"evaluation": {"lengths": [128, 512], "windows": 4_000, "needle_samples": 0}}
     (tmp_path / "long.yaml").write_text(json.dumps(settings))
     words = [*ARD, "restore", base, "--config", tmp_path / "long.yaml", "--target-length", 512, "--data", texts]
     words += ["--out", tmp_path / "run", *SMALL]

@@ -104,21 +104,25 @@ class Losses:
         positions_BT = None if jumps is None else jumps.positions_BT
         student, teacher, layers = self._faces.pair(ids_BT, compare if self._relations else None, positions_BT, see)
         parts = {name: self._over_layers(torch.stack([layer[name] for layer in layers])) for name in self._relations}
-        head_VC, logits, text = self._faces.head_weight_VC, self._weights.get("logits"), self._weights.get("short_lm")
-        shared: dict[str, Tensor] = {}
-        sums: list[Tensor] = []
-        if logits and text:
-            total, *both = logits_kl_and_lm(student, teacher, ids_BT, head_VC, (logits, text))
-            sums, shared = [total], dict(zip(("logits", "short_lm"), both, strict=True))
-        elif logits:
-            parts["logits"] = logits_kl(student, teacher, head_VC)
-        elif text:
-            parts["short_lm"] = lm_loss(student, ids_BT, head_VC)
         if "hidden" in self._weights:
             last = checkpoint(hidden_distance, student, teacher, use_reentrant=False)
             parts["hidden"] = torch.stack([*moved, last]).sum()
         layer_kl = torch.stack([self._weigh(layer).detach() for layer in layers]) if self._relations else None
-        return torch.stack([*sums, *self._weighed(parts)]).sum(), parts | shared, layer_kl
+        weighed, next_tokens = self._next_tokens(student, teacher, ids_BT)
+        return torch.stack([*self._weighed(parts), *weighed]).sum(), parts | next_tokens, layer_kl
+
+    def _next_tokens(self, student_BTC: Tensor, teacher_BTC: Tensor, ids_BT: Tensor) -> tuple[list[Tensor], dict[str, Tensor]]:
+        """What next tokens teach: weighted losses, and each objective's own value. Two share the student's logits."""
+        head_VC, of_kl, of_lm = self._faces.head_weight_VC, self._weights.get("logits"), self._weights.get("short_lm")
+        if of_kl and of_lm:
+            loss, kl, lm = logits_kl_and_lm(student_BTC, teacher_BTC, ids_BT, head_VC, (of_kl, of_lm))
+            return [loss], {"logits": kl, "short_lm": lm}
+        parts: dict[str, Tensor] = {}
+        if of_kl:
+            parts["logits"] = logits_kl(student_BTC, teacher_BTC, head_VC)
+        if of_lm:
+            parts["short_lm"] = lm_loss(student_BTC, ids_BT, head_VC)
+        return self._weighed(parts), parts
 
     def language_model(self, ids_BT: Tensor, answers_N: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """What the student learns alone on one long window: weighted loss and each objective's own value.

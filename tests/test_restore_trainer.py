@@ -161,11 +161,9 @@ def test_gradients_are_clipped_once_to_the_norm_of_the_whole_step(make_trainer: 
 def test_the_decay_of_squared_gradients_is_the_one_that_is_set(make_trainer: Callable[..., Trainer]) -> None:
     trainer = make_trainer(adam_beta2=0.5)
     trainer.step()
-    gradients = {name: parameter.grad for name, parameter in trainer._parameters.items()}
-    for name, parameter in trainer._parameters.items():
-        gradient = gradients[name]
-        assert gradient is not None
-        torch.testing.assert_close(trainer._optimizer.state[parameter]["exp_avg_sq"], 0.5 * gradient.square())
+    for parameter in trainer._parameters.values():
+        assert parameter.grad is not None
+        torch.testing.assert_close(trainer._optimizer.state[parameter]["exp_avg_sq"], 0.5 * parameter.grad.square())
 
 
 @pytest.mark.parametrize("at_once", [1, 2])

@@ -158,7 +158,7 @@ def matrix_tflops(device: torch.device) -> float:
     size = _PRODUCT[device.type]
     a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
     out = torch.empty_like(a)
-    return 2 * size**3 / _median_s(lambda: torch.mm(a, b, out=out), device, repeats=15) / 1e12
+    return 2 * size**3 / median_s(lambda: torch.mm(a, b, out=out), device, repeats=15) / 1e12
 
 
 class _Made:
@@ -207,8 +207,8 @@ def _parts(faces: TwoFaced, case: Case, made: list[Batch], device: torch.device,
             if not batch.is_long:
                 _read_as_teacher(faces, batch.ids_BT)
 
-    found = {name: _median_s(work, device, 2) for name, work in (("teacher", teacher), ("forward", forward))}
-    found["optimizer"] = _median_s(lambda: optimizer.step(), device, 2)
+    found = {name: median_s(work, device, 2) for name, work in (("teacher", teacher), ("forward", forward))}
+    found["optimizer"] = median_s(lambda: optimizer.step(), device, 2)
     found["backward"] = taken_s - found["forward"] - found["optimizer"]
     return {name: round(value, 4) for name, value in found.items()}
 
@@ -219,7 +219,7 @@ def _read_as_teacher(faces: TwoFaced, ids_BT: torch.Tensor) -> None:
         model.model(ids_BT, use_cache=False)
 
 
-def _median_s(work: Callable[[], object], device: torch.device, repeats: int) -> float:
+def median_s(work: Callable[[], object], device: torch.device, repeats: int) -> float:
     """Median seconds, each run waited for, after one that does not count."""
     times = []
     for _ in range(repeats + 1):

@@ -1,4 +1,7 @@
-"""The results file of `python -m restore.bench`: runs are appended, each with its commit, date, command and machine."""
+"""The results file of `python -m restore.bench` and of `restore.bench_peers`.
+
+Runs are appended, each with its commit, date, command and machine.
+"""
 
 import json
 import platform
@@ -25,7 +28,7 @@ class Results:
         self._run: dict[str, Any] = {
             "commit": commit or _commit(),
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            "command": " ".join(["python -m restore.bench", *sys.argv[1:]]),
+            "command": " ".join([f"python -m restore.{Path(sys.argv[0]).stem}", *sys.argv[1:]]),
             "machine": _machine(device),
             "rows": [],
         }
@@ -42,10 +45,10 @@ class Results:
         beside.replace(self._path)
 
     def _alone(self, row: dict[str, Any]) -> dict[str, Any] | None:
-        if row["processes"] == 1:
+        if row.get("processes", 1) == 1:
             return None
         same_gpu = [run for run in self._runs if run["machine"]["device"] == self._run["machine"]["device"]]
-        rows = [other for run in same_gpu for other in run["rows"] if other["processes"] == 1 and "seconds" in other]
+        rows = [other for run in same_gpu for other in run["rows"] if "seconds" in other and other["processes"] == 1]
         return next((other for other in reversed(rows) if all(other.get(key) == row.get(key) for key in _SAME)), None)
 
 

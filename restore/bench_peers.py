@@ -157,22 +157,7 @@ def _compiled(loss: Loss) -> Loss:
     return torch.compile(loss, dynamic=False)
 
 
-def _with_wide_logits(loss: Loss) -> Loss:
-    """Logits that leave the product in fp32, which bf16 would round to eight bits."""
-
-    def wide(*given: Tensor) -> Tensor:
-        kept = vocabulary._log_probs
-        vocabulary._log_probs = lambda rows, head: torch.mm(rows, head.T, out_dtype=torch.float32).log_softmax(-1)  # type: ignore[assignment]
-        try:
-            return loss(*given)
-        finally:
-            vocabulary._log_probs = kept
-
-    return wide
-
-
 _LM: dict[str, Loss] = {
-    "ours, fp32 logits": _with_wide_logits(_ours_lm),
     "ours": _ours_lm,
     "liger-kernel": _liger_lm,
     "cut-cross-entropy": _cut_cross_entropy,
@@ -180,7 +165,6 @@ _LM: dict[str, Loss] = {
     "torch, compiled": _compiled(_torch_lm),
 }
 _LOGITS: dict[str, Loss] = {
-    "ours, fp32 logits": _with_wide_logits(_ours_kl),
     "ours": _ours_kl,
     "liger-kernel": _liger_kl,
     "torch": _torch_kl,

@@ -17,9 +17,14 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "docs" / "evaluation.md"]
 _PLACE = re.compile(r"(<!-- quality (\S+) ([\d ]+) -->\n).*?(<!-- end -->)", re.DOTALL)
-_NAMES = {"native": "native", "none": "stretched, untouched", "twin": "native after as much text (twin)"}
+_NAMES = {
+    "native": "native",
+    "none": "stretched, untouched",
+    "none, linear RoPE": "stretched, linear RoPE",
+    "twin": "native after as much text (twin)",
+}
 # Recipes of models that no restoration changes from run to run.
-_FIXED = ("native", "none")
+_FIXED = ("native", "none", "none, linear RoPE")
 
 
 def main() -> None:
@@ -36,7 +41,7 @@ def _table(file: str, numbers: Iterable[int]) -> str:
     runs = json.loads((ROOT / "docs" / "results" / file).read_text(encoding="utf-8"))["runs"]
     columns: dict[str, list[dict[str, Any]]] = {}
     for row in (row for number in numbers for row in runs[number]["rows"]):
-        recipe = "twin" if row["rope"] == "none" else row["recipe"]
+        recipe = "twin" if row["rope"] == "none" else row["recipe"] + ", linear RoPE" * (row["rope"] == "linear")
         column = columns.setdefault(recipe, [])
         if recipe not in _FIXED or not column:
             column.append(row)
@@ -47,7 +52,7 @@ def _table(file: str, numbers: Iterable[int]) -> str:
     lines += _lines(many, "needle", lambda length: f"needles found, {int(length):,} tokens", "{:.0%}")
     lines += _lines(many, "short", lambda task: f"{task}, accuracy", "{:.3f}")
     lines += _lines(many, "short_perplexity", lambda task: f"{task}, perplexity of the last word", "{:.1f}")
-    if len(many[-1]) > 1 or len(many) > len(_FIXED) + 1:
+    if len(many[-1]) > 1 or sum(recipe not in _FIXED for recipe in columns) > 1:
         lines.append(
             "| mean of the accuracies over native | "
             + " | ".join(_cell(rows, lambda row: row["retention"], "{:.1%}") for rows in many)

@@ -70,15 +70,14 @@ def describe(report: EvaluationReport, run: Path, command: str, remark: str = ""
         "remark": remark,
         "missed": list(verdict.failures),
         "served_limit": verdict.served_limit,
-        "rows": rows(report, config, _named(manifest.recipe, remark), manifest.rope.factor),
+        "rows": rows(report, config, _named(manifest.recipe, remark, config), manifest.rope.factor),
     }
 
 
-def _named(done: RecipeRecord, remark: str) -> RecipeRecord:
-    """A mixture without a name of its own goes by the study's: RECIPE-ROPE-SEED is what it calls a run."""
-    if done.name != "custom" or not remark:
-        return done
-    return done.model_copy(update={"name": remark.rsplit("-", 2)[0]})
+def _named(done: RecipeRecord, remark: str, config: RestoreConfig) -> RecipeRecord:
+    """A run of a study goes by the study's own name for it: what it calls RECIPE-ROPE-SEED changes more than the losses."""
+    ending = f"-{config.rope_type}-{config.seed}"
+    return done.model_copy(update={"name": remark.removesuffix(ending)}) if remark.endswith(ending) else done
 
 
 def rows(report: EvaluationReport, config: RestoreConfig, done: RecipeRecord, factor: float) -> list[dict[str, Any]]:

@@ -2,8 +2,8 @@
 
     python -m scripts.speed_tables
 
-A page marks a table's place with two comments, `<!-- KIND FILE -->` and `<!-- end -->`; KIND is kernel, hopper or engine. A
-test fails when a page and its results differ.
+A page marks a table's place with two comments, `<!-- KIND FILE -->` and `<!-- end -->`; KIND is kernel, hopper, engine or
+peers. A test fails when a page and its results differ.
 """
 
 import json
@@ -14,7 +14,7 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "docs" / "kernel.md", ROOT / "docs" / "training.md"]
-_PLACE = re.compile(r"(<!-- (kernel|hopper|engine) (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+_PLACE = re.compile(r"(<!-- (kernel|hopper|engine|peers) (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 # Lengths shown of all but the self-relation at 128 channels, which is shown whole.
 _OTHERS = (8192, 131_072)
 Row = dict[str, Any]
@@ -103,7 +103,21 @@ def _both(row: Row, name: str) -> str:
     return " and ".join(str(count) for kind, count in zip(("window", "long_window"), row[name], strict=True) if row[kind])
 
 
-_TABLES = {"kernel": _kernel, "hopper": _hopper, "engine": _engine}
+def _peers(results: Any) -> Iterator[list[str]]:
+    yield ["part of a step", "shape", "by", "ms, forward and backward", "MiB beside what is there", "error of the gradient"]
+    # A run beside others on its card tells no time, and its peers nothing that the run alone did not.
+    rows = [(run, row) for run in results["runs"] for row in run["rows"] if run["alone"] or row["peer"] == "ours"]
+    for run, row in sorted(rows, key=lambda found: (_PARTS.index(found[1]["part"]), -found[1].get("hidden_size", 0))):
+        ours = run["ours"] if row["part"] != "layers" else "ours"
+        yield [
+            {"lm": "next-token loss", "logits": "logits' KL", "layers": f"{row.get('layers')} layers"}[row["part"]],
+            row["shape"].upper(), row["peer"].replace("ours", ours), f"{row['fwd_bwd_ms']:.1f}" if run["alone"] else "",
+            f"{row['extra_mib']:,.0f}", f"{row['gradient_error']:.1%}" if "gradient_error" in row else "",
+        ]  # fmt: skip
+
+
+_PARTS = ("lm", "logits", "layers")
+_TABLES = {"kernel": _kernel, "hopper": _hopper, "engine": _engine, "peers": _peers}
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import math
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -52,6 +53,12 @@ def on_two(words: list[str]) -> list[str]:
     ]
 
 
+def free_port() -> int:
+    with socket.create_server(("localhost", 0)) as server:
+        port: int = server.getsockname()[1]
+        return port
+
+
 TWO_GPUS = [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")]
 
 
@@ -67,7 +74,35 @@ def test_two_processes_give_the_losses_and_weights_of_one(
     run = subprocess.run(on_two(words), capture_output=True, text=True, check=False, timeout=300)
     assert run.returncode == 0, run.stderr
     assert run.stdout.count("restored model:") == 1
-    one, two = (metrics.read(tmp_path / name) for name in ("one", "two"))
+    assert_same(tmp_path)
+
+
+def test_two_machines_train_as_one(make_checkpoint: Callable[..., Path], texts: Path, tmp_path: Path) -> None:
+    """As docs/training.md has it: the same command on each, one process each, met at a host and port."""
+    model = make_checkpoint("qwen3", max_shard_size="60KB", num_hidden_layers=3)
+    assert main(restore(model, texts, tmp_path / "one")) == 0
+    meeting = [
+        "--nnodes",
+        "2",
+        "--nproc-per-node",
+        "1",
+        "--rdzv-backend",
+        "c10d",
+        "--rdzv-endpoint",
+        f"localhost:{free_port()}",
+    ]
+    command = [sys.executable, "-m", "torch.distributed.run", *meeting, "-m", "ard_serve.cli"]
+    command += restore(model, texts, tmp_path / "two")
+    machines = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    said = [machine.communicate(timeout=300) for machine in machines]
+    assert [machine.returncode for machine in machines] == [0, 0], said
+    assert sum(out.count("restored model:") for out, _ in said) == 1, "one publishes"
+    assert_same(tmp_path)
+
+
+def assert_same(folder: Path) -> None:
+    """Runs `one` and `two` have the same metrics and weights."""
+    one, two = (metrics.read(folder / name) for name in ("one", "two"))
     assert [row["step"] for row in two] == [0, 1, 2, 3, 4]
     for alone, shared in zip(one, two, strict=True):
         for name in ("loss", "attention", "logits", "lm", "grad_norm"):
@@ -76,8 +111,8 @@ def test_two_processes_give_the_losses_and_weights_of_one(
         assert shared.get("validation", {}).get("loss", 0) == pytest.approx(
             alone.get("validation", {}).get("loss", 0), rel=TOLERANCE
         )
-    for path in sorted((tmp_path / "one" / "model").glob("*.safetensors")):
-        found = load_file(tmp_path / "two" / "model" / path.name)
+    for path in sorted((folder / "one" / "model").glob("*.safetensors")):
+        found = load_file(folder / "two" / "model" / path.name)
         for name, weight in load_file(path).items():
             assert float((weight - found[name]).abs().max()) < 1e-4, name
 

@@ -12,7 +12,7 @@ import yaml
 
 from ard_serve import cli
 from restore.evaluate import Candidate
-from scripts import record_quality, study
+from scripts import code_text, record_quality, study
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +72,7 @@ def test_a_study_is_done_in_pieces(settings: Path, tmp_path: Path, monkeypatch: 
     assert [entry["remark"] for entry in entries] == ["ours-yarn-3", "paper-yarn-3"]
     assert len(measured) == 4
     native, stretched, restored = entries[1]["rows"]
-    assert (native["recipe"], stretched["recipe"], restored["recipe"]) == ("native", "none", "linearard")
+    assert (native["recipe"], stretched["recipe"], restored["recipe"]) == ("native", "none", "paper"), "the study's name for it"
     assert (restored["seed"], restored["steps"], restored["rope"]) == (3, 2, "yarn")
     assert restored["ppl"].keys() == {"64", "512"}
     assert (tmp_path / "work" / "ours-yarn-3" / "report.html").exists()
@@ -153,5 +153,19 @@ def test_a_control_is_restored_and_measured_beside_its_native_self(
     monkeypatch.setattr(study.Work, "ard", lambda self, *words: cli.main(words))
     assert study.main([str(path), "--out", str(tmp_path / "work"), "--results", str(tmp_path)]) == 0
     (entry,) = json.loads(next(tmp_path.glob("quality-*.json")).read_text())["runs"]
-    assert [row["recipe"] for row in entry["rows"]] == ["native", "cpt"]
+    assert [row["recipe"] for row in entry["rows"]] == ["native", "twin"]
     assert [row["rope"] for row in entry["rows"]] == [None, "none"]
+
+
+def test_program_text_becomes_documents_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = tmp_path / "project" / "package"
+    source.mkdir(parents=True)
+    for name in "cab":
+        (source / f"{name}.py").write_text(f"# {name}\n" * 30_000)
+    (source / "notes.txt").write_text("no program")
+    monkeypatch.setattr("sys.argv", ["code_text", str(tmp_path / "out"), str(tmp_path / "project"), "--mb", "0.2"])
+    monkeypatch.setattr(code_text, "_DOCUMENT_BYTES", 200_000)
+    code_text.main()
+    (document,) = (tmp_path / "out").iterdir()
+    lines = document.read_text().splitlines()
+    assert (lines[0], lines[-1], len(lines)) == ("# a", "# b", 60_001), "two files are a document, which is enough"

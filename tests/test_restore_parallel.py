@@ -62,8 +62,16 @@ def free_port() -> int:
 TWO_GPUS = [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")]
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=TWO_GPUS)])
-@pytest.mark.parametrize("shard", ["off", "on"])
+# On the CPU, two machines below are two processes that are not sharded.
+@pytest.mark.parametrize(
+    ("shard", "device"),
+    [
+        pytest.param("off", "cpu", marks=pytest.mark.slow),
+        ("on", "cpu"),
+        pytest.param("off", "cuda", marks=TWO_GPUS),
+        pytest.param("on", "cuda", marks=TWO_GPUS),
+    ],
+)
 def test_two_processes_give_the_losses_and_weights_of_one(
     make_checkpoint: Callable[..., Path], texts: Path, tmp_path: Path, shard: str, device: str
 ) -> None:

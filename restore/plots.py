@@ -250,6 +250,8 @@ def style(place: int) -> dict[str, Any]:
         "color": _SERIES[place % len(_SERIES)],
         "marker": _MARKERS[place % len(_MARKERS)],
         "linestyle": _LINES[place % len(_LINES)],
+        # Where two lie on one another, it is the restored model that is asked about.
+        "zorder": 3 if place == _ROLES["restored"] else 2,
     }
 
 

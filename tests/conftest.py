@@ -43,8 +43,14 @@ FAMILIES: dict[str, dict[str, Any]] = {
 MakeCheckpoint = Callable[..., Path]
 
 
+# Files of minutes, begun first: of two that work through files, one would end with such a file while the other waits.
+LONGEST = ("end_to_end", "restore_forecast", "restore_parallel", "restore_estimate", "restore_evaluate_harness")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """A test that bounds wall-clock time is tried again when it fails: a busy machine must not fail the suite."""
+    places = {f"test_{name}": place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(places)))
     for item in items:
         if item.get_closest_marker("timing"):
             item.add_marker(pytest.mark.flaky(reruns=3, reruns_delay=2))

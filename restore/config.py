@@ -124,6 +124,11 @@ class RestoreConfig(Settings):
     gpu_memory_utilization: float = Field(
         0.85, gt=0, le=1, description="share of the GPU's free memory that recompute auto may fill; less where others run on it"
     )
+    deterministic: bool = Field(
+        False,
+        description="on a GPU, only operations that give the same bits in every run, as a CPU's do, so that a resumed run ends "
+        "as one that was not stopped; slower",
+    )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes a CUDA device where there is one")
     evaluate: bool = Field(True, description="measure native, stretched and restored before the result is published")
     evaluation: EvalConfig = Field(EvalConfig(), description="what to measure; the held-out documents where it names no data")

@@ -1,6 +1,9 @@
 """GPUs by their data sheets: what a plan can reckon with before it has seen one; and CPUs that are slow in bf16."""
 
 import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -47,6 +50,27 @@ _OTHER_CARDS = ("PCIe", "NVL", "Laptop", "40GB", "4090 D")
 
 
 _log = logging.getLogger(__name__)
+
+
+@contextmanager
+def deterministic(wanted: bool) -> Iterator[None]:
+    """Where `wanted`, run only operations that give the same bits for the same input, and refuse any that has no such form.
+
+    Entered before the GPU is used: cuBLAS reads its setting then.
+    """
+    if not wanted:
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    before = torch.are_deterministic_algorithms_enabled(), torch.backends.cuda.mem_efficient_sdp_enabled()  # type: ignore[no-untyped-call]
+    torch.use_deterministic_algorithms(True)
+    # Its backward adds up in any order, and nothing says so until it runs; cuDNN's attention leaves by itself.
+    torch.backends.cuda.enable_mem_efficient_sdp(False)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        torch.backends.cuda.enable_mem_efficient_sdp(before[1])
 
 
 def is_fast(dtype: str, device_type: str) -> bool:

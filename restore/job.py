@@ -52,7 +52,7 @@ def run(config: RestoreConfig) -> int:
 
     Under torchrun every process calls this, and shares the training; the one that leads does all else.
     """
-    with joined(_device_type(config)) as world, StopSignal() as stop:
+    with devices.deterministic(config.deterministic), joined(_device_type(config)) as world, StopSignal() as stop:
         if world.leads:
             return _lead(config, world, stop)
         with memory_errors(config, _device_type(config)):

@@ -17,7 +17,7 @@ from torch import Tensor
 from ard_serve.console import Bar, progress
 from ard_serve.errors import NumericsError, UsageError
 from restore import checkpoint, devices
-from restore.batches import Batch, Batches, validation_batches
+from restore.batches import Ahead, Batch, Batches, validation_batches
 from restore.checkpoint import RunState
 from restore.config import LONG, RestoreConfig
 from restore.data import TokenStream
@@ -61,6 +61,7 @@ class Trainer:
         self._losses = Losses(faces, config.weights)
         at_once = self.plan.windows_at_once(faces.model.config.hidden_size)
         self._batches = Batches(self.plan, config, train, rope.target_length, weaver, at_once)
+        self._ahead = Ahead(self._mine, self.plan.steps)
         self._validation = validation_batches(self.plan, config, validation, weaver)
         self._parameters = faces.adapters.state()
         self._optimizer = torch.optim.AdamW(
@@ -147,7 +148,7 @@ class Trainer:
         for group in self._optimizer.param_groups:
             group["lr"] = rate
         self._optimizer.zero_grad(set_to_none=True)
-        batches = list(self._batches.of_step(number, self._world.share(self._batches.lengths(number))))
+        batches = self._ahead.of_step(number)
         values, layer_kl = self._accumulate(batches, self.plan.long_in(number))
         norm = float(torch.nn.utils.clip_grad_norm_(self._parameters.values(), self._config.max_grad_norm))
         loss = sum(self._config.weights[name] * value for name, value in values.items())
@@ -171,6 +172,10 @@ class Trainer:
             **({} if self._gpu is None else {"of_matrix_rate": tflops / self._gpu.matrix_tflops}),
             "peak_memory_bytes": _peak_memory_bytes(self._device),
         }
+
+    def _mine(self, number: int) -> list[Batch]:
+        """This process's batches of step `number`."""
+        return list(self._batches.of_step(number, self._world.share(self._batches.lengths(number))))
 
     def _accumulate(self, batches: Sequence[Batch], long_windows: int) -> tuple[dict[str, float], list[float]]:
         """Backward through this process's part of a step; mean of each objective and of each layer's relation KL."""
@@ -258,6 +263,7 @@ class Trainer:
 
     def _save_bad_batch(self, number: int, loss: float, norm: float) -> str:
         """Keep the windows that broke the step, and say so in one line."""
+        self._ahead.wait()
         path = self._folder / f"bad-batch-step-{number + 1}.json"
         batches = self._batches.of_step(number, range(len(self._batches.lengths(number))))
         path.write_text(json.dumps([window for batch in batches for window in batch.ids_BT.tolist()]), encoding="utf-8")

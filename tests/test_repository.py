@@ -101,6 +101,17 @@ def test_the_picture_of_the_kernels_is_what_the_results_say() -> None:
         assert found[0] in kept, remedy
 
 
+def test_the_picture_of_the_engine_is_what_the_results_say() -> None:
+    results = json.loads((ROOT / "docs" / "results" / "engine-h200.json").read_text(encoding="utf-8"))
+    drawn = speed_plots.engine_picture(results)
+    for told in ("7B reads", "7B distils", "1.7B reads", "1.7B distils", "135M reads", "135M distils", "32K"):
+        assert told in drawn
+    label = re.search(r'aria-label="[^"]*', drawn)
+    assert label
+    kept = (ROOT / "docs" / "images" / "engine.svg").read_text(encoding="utf-8")
+    assert label[0] in kept, "run python -m scripts.speed_plots docs/results/engine-h200.json docs/images/engine.svg"
+
+
 def test_the_demo_books_are_what_their_manifest_says() -> None:
     books = ROOT / "examples" / "books"
     with (books / "MANIFEST.tsv").open(encoding="utf-8") as file:

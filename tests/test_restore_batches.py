@@ -1,5 +1,6 @@
 """What a step reads: each window once, jumps and facts where they were asked for, the same for every process and resume."""
 
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from restore.batches import Batch, Batches, _cut
+from ard_serve.errors import DataError
+from restore.batches import Ahead, Batch, Batches, _cut
 from restore.config import RestoreConfig
 from restore.data import TokenStream
 from restore.loading import load_tokenizer
@@ -90,3 +92,33 @@ def test_facts_are_woven_into_long_windows_alone(make_checkpoint: Callable[..., 
     assert long.ids_BT.shape == (1, 512)
     (again,) = (batch for batch in made.of_step(0, [0]) if batch.is_long)
     assert torch.equal(again.ids_BT, long.ids_BT)
+
+
+def test_a_steps_batches_are_made_by_another_thread_while_the_step_before_runs() -> None:
+    makers: dict[int, str] = {}
+    second = threading.Event()
+
+    def make(step: int) -> list[Batch]:
+        makers[step] = threading.current_thread().name
+        if step == 1:
+            second.set()
+        if step == 7:
+            raise DataError("step 7")
+        return [Batch(torch.tensor([[step]]), 1.0)]
+
+    def read(ahead: Ahead, step: int) -> int:
+        (batch,) = ahead.of_step(step)
+        return int(batch.ids_BT)
+
+    ahead = Ahead(make, steps=3)
+    assert read(ahead, 0) == 0
+    assert second.wait(10), "nobody asked for step 1"
+    assert [read(ahead, step) for step in (1, 2)] == [1, 2]
+    here = threading.current_thread().name
+    assert makers[0] == here != makers[1] == makers[2]
+    assert makers.keys() == {0, 1, 2}, "there is no step 3"
+    resumed = Ahead(make, steps=9)
+    assert [read(resumed, step) for step in (5, 6)] == [5, 6]
+    resumed.wait()
+    with pytest.raises(DataError, match="step 7"):
+        resumed.of_step(7)

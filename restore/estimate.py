@@ -12,9 +12,10 @@ from restore.config import EstimateConfig
 from restore.devices import GPUS, Gpu
 from restore.fit import otherwise, smaller
 from restore.flops import Counter
-from restore.forecast import BYTES_PER_TRAINED, Forecast, forecast
+from restore.forecast import BYTES_PER_TRAINED, Forecast, forecast, most_kept
 from restore.inspection import read_config, transformers_config
 from restore.loading import resolve
+from restore.model import Kept
 from restore.plan import plan_steps
 from restore.rope import RopePlan
 from restore.runfolder import CHECKPOINTS
@@ -39,6 +40,7 @@ def run(config: EstimateConfig) -> int:
             *_sizes(base, config, needed),
             ("arithmetic", "model and relations, all steps", f"{flops / 1e15:,.2f} PFLOP"),
             *(_on(gpu, base, rope, config, needed, alone=len(gpus) == 1) for gpu in gpus),
+            *(_filled(gpus[0], base, rope, config, needed) if len(gpus) == 1 else ()),
         ],
         text_columns=2,
     )
@@ -59,7 +61,7 @@ def _sizes(base: Mapping[str, Any], config: EstimateConfig, needed: Forecast) ->
     export = sum(weight.nbytes for weight in model.parameters())
     trained = needed.trained_bytes // BYTES_PER_TRAINED
     checkpoints = checkpoint.room_bytes(config.out / CHECKPOINTS, trained)
-    yield "device memory at the peak", "", _gib(needed.peak_bytes)
+    yield "device memory, at least", "", _gib(needed.peak_bytes)
     yield "", "frozen weights", _gib(needed.weights_bytes)
     yield "", "adapters and optimizer", _gib(needed.trained_bytes)
     yield "", "a step", _gib(needed.step_bytes)
@@ -82,6 +84,16 @@ def _on(gpu: Gpu, base: Mapping[str, Any], rope: RopePlan, config: EstimateConfi
     training = Speeds().training(gpu, base, config, plan_steps(config, rope))
     rate = f"{training.of_rate(gpu):.0%} of {gpu.matrix_tflops:g} TFLOP/s, {'; '.join(training.sources)}"
     return f"training on one {gpu.name}", f"{rate}; {free}", _duration(training.seconds)
+
+
+def _filled(gpu: Gpu, base: Mapping[str, Any], rope: RopePlan, config: EstimateConfig, needed: Forecast) -> Iterator[_Row]:
+    """What a run will hold where `gpu` has room for layers that keep their work, and `--recompute auto` lets them."""
+    if needed.peak_bytes > gpu.usable_bytes:
+        return
+    kept = most_kept(base, rope, config, needed, int(config.gpu_memory_utilization * gpu.usable_bytes))
+    if config.recompute == "auto" and kept != Kept():
+        told = f"{kept.distilling} (to distil) and {kept.reading} (long windows) of {needed.layers} layers keep their work"
+        yield f"memory taken of one {gpu.name}", told, _gib(forecast(base, rope, config, kept).peak_bytes)
 
 
 def _gib(size: float) -> str:

@@ -1,6 +1,7 @@
 """The estimate of time: measured shares of a GPU's rate where there are any, and what real runs took beside it."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,18 @@ def test_the_table_says_what_fits_and_what_would(tmp_path: Path, capsys: pytest.
     said = capsys.readouterr().out
     assert said.count("training on one") == 1
     assert "--long-window 12288" in " ".join(said.split())
+
+
+def test_the_table_says_what_a_run_took_of_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (measured, *_) = [row for *_, row in MEASURED if (row["shape"], row["recipe"], row["quantize"]) == ("7b", "default", None)]
+    (tmp_path / "config.json").write_text(json.dumps(SHAPES["7b"] | {"max_position_embeddings": 4096}))
+    assert main(["restore", str(tmp_path), "--target-length", "32768", "--estimate", "--gpu", "H100"]) == 0
+    said = capsys.readouterr().out
+    row = " ".join(said[said.index("memory taken of one H100") :].replace("│", " ").split())
+    assert "32 (to distil) and 11 (long" in row, "a wrapped row"
+    found = re.search(r"([\d.]+) GiB", row)
+    assert found
+    assert float(found[1]) == pytest.approx(measured["peak_gib"], rel=0.1)
 
 
 def test_a_gpu_is_found_by_what_people_call_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

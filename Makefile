@@ -16,7 +16,7 @@ help:  ## Show these targets
 setup: $(VENV)/.ready  ## Virtual environment with locked dependencies (CPU)
 
 # The CPU build of torch is on PyTorch's own index; a machine that has it by another way finds it first. Not compiled: of
-# 30,000 files few are ever imported, and those are compiled then; all of them take two minutes.
+# so many files few are ever imported, and those are compiled then.
 $(VENV)/.ready: requirements/cpu.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "ard-serve needs Python 3.11 or newer; run: make PYTHON=python3.11 ...")'
 	$(PYTHON) -m venv $(VENV)

@@ -99,7 +99,7 @@ class Batches:
 class Ahead:
     """What a step reads, made by another thread while the step before it runs.
 
-    Weaving facts into a window of 64K tokens takes 20 to 60 ms of a CPU, a step of a small model a few hundred.
+    Weaving facts into a long window tokenizes every one of them: a small model's GPU would wait for that.
     """
 
     def __init__(self, make: Callable[[int], list[Batch]], steps: int) -> None:

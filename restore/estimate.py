@@ -10,9 +10,9 @@ from ard_serve import console
 from restore import checkpoint, devices
 from restore.config import EstimateConfig
 from restore.devices import GPUS, Gpu
-from restore.fit import otherwise, smaller
+from restore.fit import kept_within, otherwise, smaller
 from restore.flops import Counter
-from restore.forecast import BYTES_PER_TRAINED, Forecast, forecast, most_kept
+from restore.forecast import BYTES_PER_TRAINED, Forecast, forecast
 from restore.inspection import read_config, transformers_config
 from restore.loading import resolve
 from restore.model import Kept
@@ -87,11 +87,11 @@ def _on(gpu: Gpu, base: Mapping[str, Any], rope: RopePlan, config: EstimateConfi
 
 
 def _filled(gpu: Gpu, base: Mapping[str, Any], rope: RopePlan, config: EstimateConfig, needed: Forecast) -> Iterator[_Row]:
-    """What a run will hold where `gpu` has room for layers that keep their work, and `--recompute auto` lets them."""
+    """What a run that fits will hold of `gpu` with the layers that keep their work there."""
     if needed.peak_bytes > gpu.usable_bytes:
         return
-    kept = most_kept(base, rope, config, needed, int(config.gpu_memory_utilization * gpu.usable_bytes))
-    if config.recompute == "auto" and kept != Kept():
+    kept = kept_within(base, rope, config, needed, gpu.usable_bytes)
+    if kept != Kept():
         told = f"{kept.distilling} (to distil) and {kept.reading} (long windows) of {needed.layers} layers keep their work"
         yield f"memory taken of one {gpu.name}", told, _gib(forecast(base, rope, config, kept).peak_bytes)
 

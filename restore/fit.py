@@ -52,12 +52,19 @@ def check_memory(
 
 
 def kept_layers(base: Mapping[str, Any], rope: RopePlan, config: RestoreConfig, needed: Forecast, device: torch.device) -> Kept:
-    """How many layers keep their work until backward: `config.recompute` says, "auto" as many as fit the GPU."""
-    if config.recompute == "all" or config.shard == "on" or (config.recompute == "auto" and device.type == "cpu"):
+    """How many layers keep their work until backward on this device: `config.recompute` says, "auto" as many as fit a GPU."""
+    if config.recompute == "auto" and device.type == "cpu":
+        return Kept()
+    return kept_within(base, rope, config, needed, _free_bytes(device))
+
+
+def kept_within(base: Mapping[str, Any], rope: RopePlan, config: RestoreConfig, needed: Forecast, free_bytes: int) -> Kept:
+    """The same on a GPU with so much memory to itself."""
+    if config.recompute == "all" or config.shard == "on":
         return Kept()
     if config.recompute == "none":
         return Kept(needed.layers, needed.layers)
-    return most_kept(base, rope, config, needed, int(config.gpu_memory_utilization * _free_bytes(device)))
+    return most_kept(base, rope, config, needed, int(config.gpu_memory_utilization * free_bytes))
 
 
 def _ways(config: RestoreConfig, world: World) -> tuple[str, ...]:

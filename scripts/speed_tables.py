@@ -105,13 +105,16 @@ def _both(row: Row, name: str) -> str:
 
 def _peers(results: Any) -> Iterator[list[str]]:
     yield ["part of a step", "shape", "by", "ms, forward and backward", "MiB beside what is there", "error of the gradient"]
-    # A run beside others on its card tells no time, and its peers nothing that the run alone did not.
-    rows = [(run, row) for run in results["runs"] for row in run["rows"] if run["alone"] or row["peer"] == "ours"]
-    for run, row in sorted(rows, key=lambda found: (_PARTS.index(found[1]["part"]), -found[1].get("hidden_size", 0))):
-        ours = run["ours"] if row["part"] != "layers" else "ours"
+    # Two marks are set by hand: of a run beside others on its card, `alone` is false, and it tells no time, nor anything of its
+    # peers that a run alone did not; `ours` says which program of ours an earlier run timed.
+    runs = [(run, run.get("alone", True)) for run in results["runs"]]
+    rows = [(run, row, alone) for run, alone in runs for row in run["rows"] if "error" not in row]
+    rows = [found for found in rows if found[2] or found[1]["peer"] == "ours"]
+    for run, row, alone in sorted(rows, key=lambda found: (_PARTS.index(found[1]["part"]), -found[1].get("hidden_size", 0))):
+        ours = run.get("ours", "ours") if row["part"] != "layers" else "ours"
         yield [
             {"lm": "next-token loss", "logits": "logits' KL", "layers": f"{row.get('layers')} layers"}[row["part"]],
-            row["shape"].upper(), row["peer"].replace("ours", ours), f"{row['fwd_bwd_ms']:.1f}" if run["alone"] else "",
+            row["shape"].upper(), row["peer"].replace("ours", ours), f"{row['fwd_bwd_ms']:.1f}" if alone else "",
             f"{row['extra_mib']:,.0f}", f"{row['gradient_error']:.1%}" if "gradient_error" in row else "",
         ]  # fmt: skip
 

@@ -2,7 +2,6 @@
 
 import math
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -12,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers_server import free_port
 from safetensors.torch import load_file
 from torch import distributed
 from torch.distributed.tensor import DTensor
@@ -53,12 +53,6 @@ def on_two(words: list[str]) -> list[str]:
     ]
 
 
-def free_port() -> int:
-    with socket.create_server(("localhost", 0)) as server:
-        port: int = server.getsockname()[1]
-        return port
-
-
 TWO_GPUS = [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")]
 
 
@@ -89,16 +83,7 @@ def test_two_machines_train_as_one(make_checkpoint: Callable[..., Path], texts: 
     """As docs/training.md has it: the same command on each, one process each, met at a host and port."""
     model = make_checkpoint("qwen3", max_shard_size="60KB", num_hidden_layers=3)
     assert main(restore(model, texts, tmp_path / "one")) == 0
-    meeting = [
-        "--nnodes",
-        "2",
-        "--nproc-per-node",
-        "1",
-        "--rdzv-backend",
-        "c10d",
-        "--rdzv-endpoint",
-        f"localhost:{free_port()}",
-    ]
+    meeting = f"--nnodes 2 --nproc-per-node 1 --rdzv-backend c10d --rdzv-endpoint localhost:{free_port()}".split()
     command = [sys.executable, "-m", "torch.distributed.run", *meeting, "-m", "ard_serve.cli"]
     command += restore(model, texts, tmp_path / "two")
     machines = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]

@@ -6,6 +6,8 @@ TORCH := 2.13.0
 BIN := $(VENV)/bin
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
+# Where it is set, each of a thousand processes would compile its libraries again.
+unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-slow lint types imports unit server-real faults lock clean

@@ -11,26 +11,31 @@ from ard_serve.cli import COMMANDS, main
 from server.config import ServeConfig
 
 ARD = [sys.executable, "-m", "ard_serve.cli"]
-HELP_LIMIT_S = 0.5
+HELP_NEEDS = "import argparse, importlib.metadata, pydantic.fields, pydantic.types, yaml"
 RESTORE = ["restore", "m", "--target-length", "9000", "--data", "d", "--out", "o"]
+
+
+def _best_seconds(command: list[str]) -> float:
+    """Wall-clock seconds of the fastest of five runs."""
+
+    def seconds() -> float:
+        started = time.monotonic()
+        subprocess.run(command, capture_output=True, check=True)
+        return time.monotonic() - started
+
+    return min(seconds() for _ in range(5))
 
 
 @pytest.mark.timing
 @pytest.mark.parametrize("words", [(), *((name,) for name in COMMANDS), ("loadtest", "--predict"), ("loadtest", "--compare")])
 def test_help_is_fast_and_loads_no_framework(words: tuple[str, ...]) -> None:
-    """The best of a few tries counts: what is bounded is our own import time, not the machine's load."""
+    """Bounded by what the libraries that a help text needs take on this machine, so that a slow one is no failure of ours."""
     command = [sys.executable, "-X", "importtime", "-m", "ard_serve.cli", *words, "--help"]
     shown = subprocess.run(command, capture_output=True, text=True, check=True)
     loaded = {line.rsplit("|", 1)[-1].strip().split(".")[0] for line in shown.stderr.splitlines() if "|" in line}
-    assert loaded.isdisjoint({"torch", "transformers", "vllm", "matplotlib", "datasets"})
+    assert loaded.isdisjoint({"torch", "numpy", "transformers", "vllm", "fastapi", "httpx", "matplotlib", "datasets"})
     assert "usage: ard" in shown.stdout
-
-    def seconds() -> float:
-        started = time.monotonic()
-        subprocess.run([*ARD, *words, "--help"], capture_output=True, check=True)
-        return time.monotonic() - started
-
-    assert min(seconds() for _ in range(5)) < HELP_LIMIT_S
+    assert _best_seconds([*ARD, *words, "--help"]) < 2 * _best_seconds([sys.executable, "-c", HELP_NEEDS])
 
 
 @pytest.mark.parametrize(

@@ -56,18 +56,20 @@ def _gpus(name: str | None) -> list[Gpu]:
 
 
 def _sizes(base: Mapping[str, Any], config: EstimateConfig, needed: Forecast) -> Iterator[_Row]:
+    shape = transformers_config(dict(base))
+    dtype = shape.dtype or torch.bfloat16  # an export keeps the base's own
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(transformers_config(dict(base)), dtype=torch.bfloat16)  # type: ignore[no-untyped-call]
+        model = AutoModelForCausalLM.from_config(shape, dtype=dtype)  # type: ignore[no-untyped-call]
     export = sum(weight.nbytes for weight in model.parameters())
     trained = needed.trained_bytes // BYTES_PER_TRAINED
     checkpoints = checkpoint.room_bytes(config.out / CHECKPOINTS, trained)
-    yield "device memory, at least", "", _gib(needed.peak_bytes)
-    yield "", "frozen weights", _gib(needed.weights_bytes)
-    yield "", "adapters and optimizer", _gib(needed.trained_bytes)
-    yield "", "a step", _gib(needed.step_bytes)
-    yield "disk", "", _gib(export + checkpoints)
-    yield "", "exported model in bf16", _gib(export)
-    yield "", "checkpoints", _gib(checkpoints)
+    yield "device memory, at least", "", _size(needed.peak_bytes)
+    yield "", "frozen weights", _size(needed.weights_bytes)
+    yield "", "adapters and optimizer", _size(needed.trained_bytes)
+    yield "", "a step", _size(needed.step_bytes)
+    yield "disk", "", _size(export + checkpoints)
+    yield "", f"exported model in {str(dtype).removeprefix('torch.')}", _size(export)
+    yield "", "checkpoints", _size(checkpoints)
 
 
 def _on(gpu: Gpu, base: Mapping[str, Any], rope: RopePlan, config: EstimateConfig, needed: Forecast, alone: bool) -> _Row:
@@ -78,7 +80,7 @@ def _on(gpu: Gpu, base: Mapping[str, Any], rope: RopePlan, config: EstimateConfi
         if alone:
             remedies.insert(0, smaller(base, rope, config, gpu.usable_bytes))
         return f"training on one {gpu.name}", "; ".join(remedies), "does not fit"
-    free = f"{_gib(left)} stay free" + (", less than a forecast may be off" if left < _UNCERTAIN * needed.peak_bytes else "")
+    free = f"{_size(left)} stay free" + (", less than a forecast may be off" if left < _UNCERTAIN * needed.peak_bytes else "")
     if config.dtype == "fp32":
         return f"training on one {gpu.name}", f"{free}; the rates known here are those of bf16", "fits"
     training = Speeds().training(gpu, base, config, plan_steps(config, rope))
@@ -93,11 +95,11 @@ def _filled(gpu: Gpu, base: Mapping[str, Any], rope: RopePlan, config: EstimateC
     kept = kept_within(base, rope, config, needed, gpu.usable_bytes)
     if kept != Kept():
         told = f"{kept.distilling} (to distil) and {kept.reading} (long windows) of {needed.layers} layers keep their work"
-        yield f"memory taken of one {gpu.name}", told, _gib(forecast(base, rope, config, kept).peak_bytes)
+        yield f"memory taken of one {gpu.name}", told, _size(forecast(base, rope, config, kept).peak_bytes)
 
 
-def _gib(size: float) -> str:
-    return f"{size / 2**30:,.2f} GiB"
+def _size(count: float) -> str:
+    return f"{count / 2**30:,.2f} GiB" if count >= 2**30 else f"{count / 2**20:,.2f} MiB"
 
 
 def _duration(seconds: float) -> str:

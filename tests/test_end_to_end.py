@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -103,6 +104,23 @@ def test_the_result_is_complete_and_as_promised(run: Path) -> None:
     }
     assert "perplexity at 512 tokens" in (run / "model" / "README.md").read_text()
     assert ard("doctor", run / "model").returncode == 0
+
+
+def test_the_disk_it_took_was_forecast(base: Path, run: Path, texts: Path, tmp_path: Path) -> None:
+    words = ["restore", base, "--target-length", 512, "--data", texts, "--out", tmp_path / "other", *SMALL, "--estimate"]
+    table = " ".join(ard(*words).stdout.replace("│", " ").split())
+    export, checkpoints = (
+        float(found[1]) * 2**20
+        for found in (re.search(rf"{of} ([\d.]+) MiB", table) for of in ("exported model in float32", "checkpoints"))
+        if found
+    )
+    assert sum(path.stat().st_size for path in (run / "model").glob("*.safetensors")) == pytest.approx(export, rel=0.1)
+    kept = list((run / "checkpoints").glob("step-*/tensors.safetensors"))
+    assert kept
+    for path in kept:
+        stored = path.read_bytes()
+        body = len(stored) - 8 - int.from_bytes(stored[:8], "little")  # so small a model's names take a tenth of its file
+        assert body == pytest.approx(checkpoints / 3, rel=0.1), "two are kept while a third is written"
 
 
 @pytest.mark.fault("R21")

@@ -13,6 +13,8 @@ from restore.rope import RopePlan, RopeType, plan_rope
 Objective = Literal["self_relation", "attention", "logits", "hidden", "short_lm", "lm", "retrieval"]
 # What is learnt from long windows, by the student alone; all others are learnt from native ones.
 LONG: frozenset[Objective] = frozenset({"lm", "retrieval"})
+# What teaches the text itself, and so moves the model to text of its kind.
+LEARNS_TEXT: frozenset[Objective] = frozenset({"short_lm", "lm"})
 
 # A recipe is a weight for each objective; docs/decisions/0001-default-recipe.md says why `default` is what it is.
 RECIPES: dict[str, dict[Objective, float]] = {

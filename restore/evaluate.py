@@ -108,7 +108,7 @@ def run(
     restoration = report.Restoration.from_manifest(manifest) if manifest else None
     if restoration and {"native", "restored"} <= {candidate.name for candidate in candidates}:
         verdict = gate.judge(found, GateConfig(), restoration.native_window)
-        restoration = replace(restoration, failures=verdict.failures, served_limit=verdict.served_limit)
+        restoration = replace(restoration, checks=verdict.checks, served_limit=verdict.served_limit)
     paths = report.write(found, out, restoration)
     report.print_summary(found)
     _log.info("report: %s", paths[-1])

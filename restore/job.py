@@ -216,7 +216,7 @@ def _publish(
         if found is None:
             return Assessment(report.model_card(done))
         verdict = gate.judge(found, config.gate, rope.native_window)
-        judged = replace(done, failures=verdict.failures, served_limit=verdict.served_limit)
+        judged = replace(done, checks=verdict.checks, served_limit=verdict.served_limit)
         report.print_summary(found)
         paths = report.write(found, config.out, judged, steps_done)
         if verdict.failures and not config.force:

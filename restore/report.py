@@ -8,18 +8,22 @@ from typing import Any, Self
 
 from pydantic import ValidationError
 
-from ard_serve.artifact import DataRecord, Manifest, RecipeRecord, Scores
+from ard_serve.artifact import DataRecord, Manifest, RecipeRecord
 from ard_serve.console import print_table
 from ard_serve.errors import UsageError
-from restore.config import LONG
-from restore.evaluation.results import Comparison, Evaluation, EvaluationReport
+from restore.config import LEARNS_TEXT, LONG
+from restore.evaluation.compare import BEYOND_GUESSING, MEAN
+from restore.evaluation.gate import Check
+from restore.evaluation.results import SIGNIFICANT, Comparison, Evaluation, EvaluationReport
 
-_SIGNIFICANT = 0.05
+TESTS = (
+    "p: McNemar's exact test where an item or prompt is right or wrong, else a paired sign-flip test over windows, documents, "
+    "prompts or items, exact up to 13 of them. Of as many figures as stand here one in twenty is below 0.05 by chance alone."
+)
 _PICTURES = (
     "[report.html](report.html), beside this card, has the same as pictures: perplexity by length and by position, a map of "
     "the needles by length and depth, training, and what was wrong with each layer before and after."
 )
-_SHORT_MEAN = "mean of the short tasks"
 
 
 @dataclass(frozen=True)
@@ -32,11 +36,16 @@ class Restoration:
     rope_type: str
     recipe: RecipeRecord
     data: DataRecord | None = None
-    failures: tuple[str, ...] = ()
-    """The limits of the quality gate that were missed."""
+    checks: tuple[Check, ...] = ()
+    """What the quality gate held to limits."""
     served_limit: int | None = None
     trained_on: str | None = None
     trained_s: float = 0.0
+
+    @property
+    def failures(self) -> list[str]:
+        """The limits that were missed, in words."""
+        return [str(check) for check in self.checks if not check.met]
 
     @classmethod
     def from_manifest(cls, manifest: Manifest) -> Self:
@@ -118,6 +127,7 @@ def model_card(restoration: Restoration, found: EvaluationReport | None = None, 
         _what_was_done(restoration),
         "**The quality gate failed; this export was published with `--force`.**" if restoration.failures else "",
         _gate(restoration),
+        _adapted(restoration),
     ]
     if found:
         header, rows = score_table(found.models)
@@ -141,13 +151,8 @@ def score_table(models: Sequence[Evaluation]) -> tuple[list[str], list[list[str]
         *([name, *(_task_cell(model, name) for model in models)] for name in names),
     ]
     if len(names) > 1:
-        rows.append([_SHORT_MEAN, *(_cell(short_mean(score), ".3f") for score in scores)])
+        rows.append([MEAN, *(_cell(model.short_mean, ".3f") for model in models)])
     return ["", *(model.name for model in models)], rows
-
-
-def short_mean(scores: Scores) -> float | None:
-    """Mean of the short tasks' headline scores."""
-    return sum(scores.tasks.values()) / len(scores.tasks) if scores.tasks else None
 
 
 def subject(found: EvaluationReport) -> Evaluation:
@@ -162,13 +167,20 @@ def worsened(found: EvaluationReport) -> list[Comparison]:
 
 def told(row: Comparison) -> str:
     """One figure that changed, in a line."""
-    return f"{row.what}: {row.before:.3f} → {row.after:.3f} (p {_chance(row.p_value)})"
+    return f"{row.what}: {row.before:.3f} → {row.after:.3f} (p {_chance(row)})"
 
 
-def _chance(p_value: float | None) -> str:
-    if p_value is None:
+def undecided(found: EvaluationReport) -> list[str]:
+    """The figures of the report's subject that too few windows or prompts are behind to tell a difference from chance."""
+    return [row.what for row in found.comparisons if row.model == subject(found).name and row.too_few]
+
+
+def _chance(row: Comparison) -> str:
+    if row.p_value is None:
         return "–"
-    return "< 0.001" if p_value < 0.001 else f"{p_value:.3f}"
+    if row.too_few:
+        return f"{row.pairs} pairs: too few"
+    return "< 0.001" if row.p_value < 0.001 else f"{row.p_value:.3f}"
 
 
 def _worse(row: Comparison) -> bool:
@@ -176,7 +188,7 @@ def _worse(row: Comparison) -> bool:
 
 
 def _significant(row: Comparison) -> bool:
-    return row.p_value is not None and row.p_value < _SIGNIFICANT
+    return row.p_value is not None and row.p_value < SIGNIFICANT
 
 
 def _differences(found: EvaluationReport) -> str:
@@ -184,11 +196,20 @@ def _differences(found: EvaluationReport) -> str:
     if not rows:
         return ""
     header = ["", rows[0].reference, rows[0].model, "ratio", "p"]
-    body = [[row.what, f"{row.before:.3f}", f"{row.after:.3f}", _cell(row.ratio, ".3f"), _chance(row.p_value)] for row in rows]
+    body = [[row.what, f"{row.before:.3f}", f"{row.after:.3f}", _cell(row.ratio, ".3f"), _chance(row)] for row in rows]
     worse = [told(row) for row in worsened(found)]
     verdict = f"Worse than {rows[0].reference}, beyond chance: {'; '.join(worse) if worse else 'nothing that was measured'}."
-    note = "p: McNemar's exact test on the same items for tasks, a paired bootstrap over windows for perplexity."
-    return "\n\n".join([f"### Against {rows[0].reference}, on the same items", _table(header, body), verdict, note])
+    parts = [f"### Against {rows[0].reference}, on the same items", _table(header, body), verdict, f"{TESTS}{_meant(rows)}"]
+    return "\n\n".join(parts)
+
+
+def _meant(rows: Sequence[Comparison]) -> str:
+    if not any(row.what == BEYOND_GUESSING for row in rows):
+        return ""
+    return (
+        f" {BEYOND_GUESSING.capitalize()}: the mean, less what guessing scores, of the tasks that the first model does better "
+        "than guessing by two standard errors; the others have nothing to lose."
+    )
 
 
 def _what_was_done(restoration: Restoration) -> str:
@@ -205,6 +226,16 @@ def _what_was_done(restoration: Restoration) -> str:
     )
 
 
+def _adapted(restoration: Restoration) -> str:
+    """What a reader must know who finds the restored model better than the native one."""
+    if not LEARNS_TEXT & restoration.recipe.objectives.keys():
+        return ""
+    return (
+        "It also learned from the text it was trained on. Where it reads text of that kind better than the native model, or "
+        "does a task better, that is the text's doing as much as repair."
+    )
+
+
 def duration(seconds: float) -> str:
     """In the unit that a reader would choose."""
     if seconds < 90:
@@ -213,9 +244,12 @@ def duration(seconds: float) -> str:
 
 
 def _gate(restoration: Restoration) -> str:
-    if not restoration.failures:
+    if not restoration.checks:
         return ""
-    return "\n".join(["### Limits that were missed", "", *(f"- {failure}" for failure in restoration.failures)])
+    missed = [f"- {failure}" for failure in restoration.failures]
+    if missed:
+        return "\n".join(["### Limits that were missed", "", *missed])
+    return f"It was held to {len(restoration.checks)} limits against the native model, and meets all of them."
 
 
 def _use(restoration: Restoration, found: EvaluationReport | None) -> str:

@@ -17,7 +17,6 @@ from ard_serve.artifact import RecipeRecord, read_manifest
 from restore.config import RestoreConfig
 from restore.evaluation.gate import judge
 from restore.evaluation.results import Evaluation, EvaluationReport
-from restore.report import short_mean
 from restore.runfolder import CONFIG, MODEL
 
 RESULTS = Path(__file__).parent.parent / "docs" / "results"
@@ -88,7 +87,7 @@ def _row(
     model: Evaluation, report: EvaluationReport, config: RestoreConfig, done: RecipeRecord, factor: float
 ) -> dict[str, Any]:
     scores, restored, native = model.scores, model.name == "restored", model.name == "native"
-    mean, native_mean = short_mean(scores), short_mean(report.models[0].scores)
+    mean, native_mean = model.short_mean, report.models[0].short_mean
     names = {task.name for task in model.tasks}
     return {
         "model": Path(config.model).name,

@@ -15,7 +15,7 @@ from ard_serve.artifact import read_manifest
 from ard_serve.errors import UsageError
 from restore import evaluate
 from restore.evaluation.config import EvalConfig, GateConfig
-from restore.evaluation.gate import Verdict, judge
+from restore.evaluation.gate import Check, Verdict, judge
 from restore.evaluation.results import Evaluation, NeedleScore, PerplexityScore, TaskScore
 from restore.loading import load_tokenizer
 
@@ -44,22 +44,26 @@ NATIVE = model("native", {2048: 30.0, WINDOW: 32.0, 65536: 15000.0}, {WINDOW: 0.
 
 def test_lengths_beyond_the_native_window_are_held_to_the_longest_inside() -> None:
     held = verdict(NATIVE, model("restored", {2048: 31.0, WINDOW: 33.0, 32768: 35.0, 65536: 43.0}))
-    assert held == Verdict(("perplexity at 65536 = 43.00, limit 35.20",), 32768)
+    assert held.checks[0] == Check("perplexity at 2048", "31.00", "33.00", met=True)
+    assert (held.failures, held.served_limit) == (("perplexity at 65536 = 43.00, limit 35.20",), 32768)
     assert verdict(NATIVE, model("restored", {2048: 31.0, WINDOW: 39.0, 32768: 30.0})).served_limit == 2048
     assert verdict(NATIVE, model("restored", {2048: 40.0})).served_limit is None
-    assert verdict(NATIVE, model("restored", {65536: 43.0}), perplexity=0.4) == Verdict((), 65536)
+    assert verdict(NATIVE, model("restored", {65536: 43.0}), perplexity=0.4).failures == ()
 
 
 def test_a_perplexity_that_is_no_number_is_above_every_limit() -> None:
     held = verdict(NATIVE, model("restored", {2048: 31.0, WINDOW: math.nan}))
-    assert held == Verdict((f"perplexity at {WINDOW} = nan, limit 35.20",), 2048)
+    assert (held.failures, held.served_limit) == ((f"perplexity at {WINDOW} = nan, limit 35.20",), 2048)
 
 
 def test_needles_limit_what_is_served_as_well() -> None:
     restored = model("restored", {WINDOW: 32.0, 32768: 32.0, 65536: 32.0}, {WINDOW: 0.6, 65536: 0.3})
-    assert verdict(NATIVE, restored) == Verdict(("needles found at 65536 = 30%, limit 40%",), 32768)
-    assert verdict(NATIVE, restored, needle=0.3) == Verdict((), 65536)
-    assert verdict(NATIVE, restored, length=32768) == Verdict((), 32768), "what is beyond the stated length is not demanded"
+    found = [verdict(NATIVE, restored, **limits) for limits in ({}, {"needle": 0.3}, {"length": 32768})]
+    assert [held.failures for held in found] == [("needles found at 65536 = 30%, limit 40%",), (), ()]
+    assert [held.served_limit for held in found] == [32768, 65536, 32768]
+    assert "perplexity at 65536" not in {check.what for check in found[2].checks}, (
+        "beyond the stated length nothing is demanded"
+    )
 
 
 def test_a_length_counts_only_where_text_was_read() -> None:
@@ -72,18 +76,18 @@ def test_a_task_that_is_significantly_worse_fails() -> None:
     lengths = {WINDOW: 32.0}
     assert verdict(NATIVE, model("restored", lengths, a=295, b=200)).failures == ()
     worse = verdict(NATIVE, model("restored", lengths, a=340, b=180))
-    assert worse.failures == ("b 0.400 to 0.360, p = 1.9e-06, limit 0.025",)
+    assert worse.failures == ("b, p of a difference = 1.9e-06 (0.400 to 0.360), limit 0.025",)
     # Six items lost are p = 0.031: below 0.05, above the half of it that each of two tasks may use.
     assert verdict(NATIVE, model("restored", lengths, a=294, b=200), retention=0.5).failures == ()
     assert verdict(NATIVE, model("restored", lengths, a=294), retention=0.5).failures == (
-        "a 0.600 to 0.588, p = 0.031, limit 0.05",
+        "a, p of a difference = 0.031 (0.600 to 0.588), limit 0.05",
     )
 
 
 def test_a_mean_below_the_limit_fails_only_beyond_chance() -> None:
     lengths = {WINDOW: 32.0}
     failed = verdict(NATIVE, model("restored", lengths, a=280, b=185), significance=0.0)
-    assert failed.failures == ("mean short-task retention 0.930 ± 0.012, limit 0.99",)
+    assert failed.failures == ("mean short-task retention = 0.930 ± 0.012, limit 0.99",)
     assert verdict(NATIVE, model("restored", lengths, a=298, b=196), significance=0.0).failures == ()
     assert verdict(NATIVE, model("restored", lengths, a=280, b=185), significance=0.0, retention=0.9).failures == ()
 

@@ -15,6 +15,7 @@ from ard_serve.errors import UsageError
 from restore import evaluate, plots, report
 from restore.config import Objective
 from restore.evaluation.config import EvalConfig
+from restore.evaluation.gate import Check
 from restore.evaluation.results import (
     Evaluation,
     EvaluationReport,
@@ -61,7 +62,9 @@ def restoration() -> report.Restoration:
 
 @pytest.fixture
 def steps() -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = [{"step": 0, "tokens": 0, "validation": {"attention": 0.2, "layer_kl": [0.3, 0.2, 0.1]}}]
+    rows: list[dict[str, Any]] = [
+        {"step": 0, "tokens": 0, "validation": {"loss": 0.2, "attention": 0.2, "layer_kl": [0.3, 0.2, 0.1]}}
+    ]
     rows += [
         {
             "step": number, "loss": 1.0, "attention": 0.2 / number, "lm": 3.0, "retrieval": 2.0, "layer_kl": [0.1] * 3,
@@ -69,7 +72,7 @@ def steps() -> list[dict[str, Any]]:
         }
         for number in range(1, 11)
     ]  # fmt: skip
-    rows[-1]["validation"] = {"attention": 0.02, "layer_kl": [0.03, 0.02, 0.01]}
+    rows[-1]["validation"] = {"loss": 0.02, "attention": 0.02, "layer_kl": [0.03, 0.02, 0.01]}
     return rows
 
 
@@ -248,12 +251,21 @@ def test_the_card_promises_no_more_than_what_was_measured(found: EvaluationRepor
 
 
 def test_a_forced_or_unmeasured_export_says_so(found: EvaluationReport, restoration: report.Restoration) -> None:
-    missed = replace(restoration, failures=("perplexity at 8192 = 99.00, limit 30.00",))
+    met, broken = (
+        Check("perplexity at 2048", "29.00", "30.00", met=True),
+        Check("perplexity at 8192", "99.00", "30.00", met=False),
+    )
+    missed = replace(restoration, checks=(met, broken))
     card = report.model_card(missed, found)
     assert "published with `--force`" in card
     assert "- perplexity at 8192 = 99.00, limit 30.00" in card
-    for page in (report.markdown(found, missed), Text(html_page(found, missed)).text):
-        assert "perplexity at 8192 = 99.00, limit 30.00" in page
+    assert "perplexity at 8192 = 99.00, limit 30.00" in report.markdown(found, missed)
+    page = Text(html_page(found, missed)).text
+    assert "Quality gate: failed, 1 of 2 limits missed" in page
+    assert "perplexity at 8192 99.00 30.00 missed perplexity at 2048 29.00 30.00 met" in page
+    passed = replace(restoration, checks=(met,))
+    assert "Quality gate: passed" in Text(html_page(found, passed)).text
+    assert "held to 1 limits against the native model, and meets all of them" in report.model_card(passed, found)
     assert "Nothing was measured" in report.model_card(restoration)
 
 

@@ -44,6 +44,11 @@ class Item:
         """Question and right answer, as an example for others."""
         return "".join(self.pairs[self.gold])
 
+    @property
+    def chance(self) -> float:
+        """The share that guessing gets right: one of the choices, and nothing of what has to be written."""
+        return 1 / (len(self.pairs) - self.weighed) if self.kind == "choice" else 0.0
+
     def after(self, examples: str) -> "Item":
         """The same question behind `examples`."""
         return replace(self, pairs=tuple((examples + context, continuation) for context, continuation in self.pairs))

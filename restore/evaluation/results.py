@@ -7,6 +7,9 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from ard_serve.artifact import Scores
 
+# The p-value below which a difference is called more than chance.
+SIGNIFICANT = 0.05
+
 
 class _Record(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -67,12 +70,22 @@ class NeedleScore(_Record):
 
 
 class TaskScore(_Record):
-    """One short task. `metric` names the headline among `metrics`; `correct` holds its items in file order, 0, 1 or a share."""
+    """One short task. `metric` names the headline among `metrics`; `correct` holds its items in file order, 0, 1 or a share.
+
+    `chance`: what guessing scores, where that is known.
+    """
 
     name: str
     metric: str
     metrics: dict[str, float]
     correct: tuple[int, ...] | tuple[float, ...]
+    chance: float | None = None
+
+    @property
+    def counts(self) -> bool:
+        """Whether it counts in a mean over tasks. Shares do not: TruthfulQA's MC2 has the items of a task that is there
+        already, and rises where a model loses its preferences."""
+        return {*self.correct} <= {0, 1}
 
     @property
     def value(self) -> float:
@@ -105,6 +118,12 @@ class Evaluation(_Record):
             tasks={score.name: score.value for score in self.tasks},
         )
 
+    @property
+    def short_mean(self) -> float | None:
+        """Mean of the short tasks' headline scores, those that count; None without any."""
+        counted = [task.value for task in self.tasks if task.counts]
+        return sum(counted) / len(counted) if counted else None
+
     def needle(self, length: int, task: str = "single") -> float:
         """Exact match of one needle task at one length, the mean over depths and samples."""
         return _mean(self.needle_samples(length, task))
@@ -120,7 +139,8 @@ class Evaluation(_Record):
 class Comparison(_Record):
     """One figure of `model` against the same items of `reference`.
 
-    `ratio` is after / before: a task's retention, and above 1 a worse perplexity. `p_value` is None where nothing is paired.
+    `ratio` is after / before: a task's retention, and above 1 a worse perplexity. `p_value` is None where nothing is paired;
+    `pairs` counts the items, windows or prompts behind it.
     """
 
     reference: str
@@ -130,6 +150,12 @@ class Comparison(_Record):
     after: float
     ratio: float | None
     p_value: float | None
+    pairs: int = 0
+
+    @property
+    def too_few(self) -> bool:
+        """So few pairs that even all of them together could not be told from chance."""
+        return self.p_value is not None and self.pairs > 0 and 2 / 2**self.pairs > SIGNIFICANT
 
 
 class EvaluationReport(_Record):

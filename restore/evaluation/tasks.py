@@ -43,7 +43,7 @@ def run_task(
 ) -> list[TaskScore]:
     """Score a model on one task file, each question behind `shots` solved ones where a pool of examples lies beside it.
 
-    TruthfulQA has two scores: the right choice, and as a task of its own the share of likelihood that true answers take.
+    TruthfulQA has two scores: the right choice, and apart from the mean the share of likelihood that true answers take.
     """
     before, primer = _examples(path, shots), primers.of(path.stem)
     items = [item.after(before.get(item.subject, primer)) for item in read_items(path, limit)]
@@ -57,7 +57,8 @@ def run_task(
     if "nll" in metrics:
         metrics["perplexity"] = math.exp(min(metrics.pop("nll"), 700.0))
     metric = "acc_norm" if path.stem in NORMALIZED and "acc_norm" in metrics else next(iter(metrics))
-    scores = [TaskScore(name=path.stem, metric=metric, metrics=metrics, correct=tuple(int(item[metric]) for item in judged))]
+    correct, chance = tuple(int(item[metric]) for item in judged), sum(item.chance for item in items) / len(items)
+    scores = [TaskScore(name=path.stem, metric=metric, metrics=metrics, correct=correct, chance=chance)]
     if len(shares) == len(judged):
         name = f"{path.stem.removesuffix('_mc')}_mc2"
         scores.append(TaskScore(name=name, metric="mc2", metrics={"mc2": sum(shares) / len(shares)}, correct=shares))

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
+from typing import NoReturn
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -140,12 +141,10 @@ class Exchange(Response):
     async def _forward(self, answer: Connection, engine: Watch, ticket: Ticket, send: Send) -> None:
         body = await answer.read()
         if answer.status >= 500:
-            engine.suspect()
-            if await engine.is_alive():
-                message = "the engine gave this request up and goes on with others; the same request may fail again"
-                raise ApiError(500, message, "engine_error")
-            raise UpstreamError(f"status {answer.status}")
-        self._first_event(ticket)
+            await self._given_up(engine)
+        engine.heard()
+        if answer.status < 400:
+            self._first_event(ticket)
         self.outcome = "ok" if answer.status < 400 else "refused_by_engine"
         content_type = answer.content_type or "application/json"
         await self._start(answer.status, {"content-type": content_type, "content-length": str(len(body))}, send)
@@ -163,22 +162,38 @@ class Exchange(Response):
             if end < 2:
                 continue
             events, pending = pending[:end], pending[end:]
+            if (cut := _end_of_error(events)) is not None:
+                if not self.status:
+                    await self._given_up(engine)
+                self.outcome = "engine_error"
+                engine.suspect()
+                await send({"type": "http.response.body", "body": events[:cut]})
+                return
             if not events.startswith(_BEFORE_PREFILL):
                 self._count_event(ticket)
                 engine.heard()
             if not self.status:
                 await self._start(200, _STREAM_HEADERS, send)
-            if (cut := _end_of_error(events)) is not None:
-                self.outcome = "engine_error"
-                engine.suspect()
-                await send({"type": "http.response.body", "body": events[:cut]})
-                return
             await send({"type": "http.response.body", "body": events, "more_body": True})
             if any(_starts(events, mark) for mark in _LAST_EVENTS):
                 self.outcome = "ok"
         if self.outcome != "ok":
             raise UpstreamError("the stream ended before its last event")
         await send({"type": "http.response.body", "body": b""})
+
+    @staticmethod
+    async def _given_up(engine: Watch) -> NoReturn:
+        """The engine failed at this request before the client was told anything.
+
+        Raises:
+            ApiError: 500, the engine lives.
+            UpstreamError: it does not.
+        """
+        engine.suspect()
+        if await engine.is_alive():
+            message = "the engine gave this request up and goes on with others; the same request may fail again"
+            raise ApiError(500, message, "engine_error")
+        raise UpstreamError("the engine has died")
 
     async def _fail(self, error: ApiError, send: Send) -> None:
         if not self.status:

@@ -18,6 +18,8 @@ from server.upstream import Upstream
 
 _POLL_S = 0.05
 _SCRAPE_TIMEOUT_S = 2
+# What a working engine changes: tokens that come out, and memory that fills while prompts are read.
+_WORK = ("vllm:generation_tokens_total", "vllm:kv_cache_usage_perc")
 _CORRUPTED = "vllm:corrupted_requests_total"
 
 # Ends when the model's files have been checked.
@@ -50,6 +52,7 @@ class Watch:
         self._counts_nans = False
         self._finite_canary = True
         self._met_nan = False
+        self._work: list[float] = []
         self._last_event_at = time.monotonic()
         metrics.know(name)
 
@@ -92,12 +95,15 @@ class Watch:
         await self._checked()
         self.heard()
         while True:
+            self._suspect.clear()  # before the canary: a failure meanwhile asks for another one
             problem, is_fatal = await self._canary()
-            if problem is None:
-                self.heard()
-                self._answered(await self.engine_metrics())
-            elif is_fatal:
+            if problem is not None and is_fatal:
                 return problem
+            engine_text = await self.engine_metrics()
+            if self._has_worked(engine_text) or problem is None:
+                self.heard()
+            if problem is None:
+                self._answered(engine_text)
             else:
                 self.health.unready(problem)
                 self.ledger.is_ready = False
@@ -105,7 +111,6 @@ class Watch:
                 if silence_s > self._config.hang_timeout_s:
                     return f"{problem}, nothing heard for {silence_s:.0f} s"
             self.metrics.ready.labels(self.name).set(self.health.is_ready)
-            self._suspect.clear()
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(self._config.canary_interval_s):
                     await self._suspect.wait()
@@ -172,6 +177,13 @@ class Watch:
             return f"the canary failed ({error})", False
         self._finite_canary = self._counts_nans or _has_finite_logprob(answer)
         return None, False
+
+    def _has_worked(self, engine_text: str | None) -> bool:
+        """Whether the engine has computed since the last look: a canary may wait in its queue for longer than a hang takes."""
+        work = [value for name in _WORK for _, value in _samples(engine_text or "", name)]
+        has_worked = bool(work) and work != self._work
+        self._work = work or self._work
+        return has_worked
 
     def _is_corrupt(self, engine_text: str | None) -> bool:
         """Whether the canary, or any request since the last one, met non-finite logits.

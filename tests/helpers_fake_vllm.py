@@ -1,8 +1,9 @@
 """A stand-in for `python -m vllm.entrypoints.openai.api_server`: the same routes on a Unix socket, scripted faults.
 
 It runs as a process of its own, on `--port` where that is given. A request says in its `user` field, as JSON, how it is
-to be answered: `tokens`, `first_s`, `gap_s` (timing), `end` (done, truncate, error, die, hang), `logprob`. What it sees it
-writes to $FAKE_LOG as JSON lines, so that a test can tell what reached the engine and what was cancelled.
+to be answered: `tokens`, `first_s`, `gap_s` (timing), `end` (done, truncate, error, die, hang), `logprob`, `health` (the
+engine's own status from then on). What it sees it writes to $FAKE_LOG as JSON lines, so that a test can tell what reached the
+engine and what was cancelled. As in vLLM, `seats` requests are computed at once and others wait inside.
 """
 
 import asyncio
@@ -36,7 +37,8 @@ def log(**fields: Any) -> None:
 class FakeEngine:
     def __init__(self) -> None:
         self.script: dict[str, Any] = json.loads(os.environ.get("FAKE_SCRIPT", "{}"))
-        self.corrupted = 0
+        self.corrupted = self.generated = 0
+        self.seats = asyncio.Semaphore(self.script.get("seats", 1000))
 
     async def connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
@@ -69,9 +71,11 @@ class FakeEngine:
             text = f'vllm:cache_config_info{{num_gpu_blocks="{blocks}",block_size="16"}} 1.0\n'
             if self.script.get("counts_nans", True):
                 text += f"vllm:corrupted_requests_total {self.corrupted}\n"
+            text += f"vllm:generation_tokens_total {self.generated}\n"
             return reply(writer, 200, text, "text/plain")
         fields = json.loads(body)
         if path == "/tokenize":
+            log(event="tokenize")
             texts = (
                 [fields["prompt"]] if "prompt" in fields else [str(message.get("content")) for message in fields["messages"]]
             )
@@ -81,7 +85,7 @@ class FakeEngine:
         script = self.script.get("canary", {}) if is_canary else script_of(fields.get("user"))
         if not is_canary:
             log(event="start", path=path, id=headers.get("x-request-id"), trace=headers.get("traceparent"), body=body.decode())
-        work = asyncio.create_task(generate(writer, path, fields, script))
+        work = asyncio.create_task(self.generate(writer, fields, script))
         gone = asyncio.create_task(reader.read(1))
         await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
         outcome = "done" if work.done() and not work.exception() else "cancelled"
@@ -94,6 +98,43 @@ class FakeEngine:
             raise ConnectionError
         return None
 
+    async def generate(self, writer: asyncio.StreamWriter, fields: dict[str, Any], script: dict[str, Any]) -> None:
+        async with self.seats:
+            await asyncio.sleep(script.get("first_s", 0))
+            self.script |= {"health": script["health"]} if "health" in script else {}
+            if status := script.get("status"):
+                message = "Out of range float values are not JSON compliant"
+                return reply(writer, status, {"error": {"message": message}})
+            if fields.get("stream"):
+                return await self.stream(writer, script)
+            return await self.whole(writer, script)
+
+    async def whole(self, writer: asyncio.StreamWriter, script: dict[str, Any]) -> None:
+        if (end := script.get("end", "done")) != "done":
+            await misbehave(end, writer)
+        count, logprob = script.get("tokens", 1), script.get("logprob", -0.5)
+        for _ in range(count):
+            await self.token(script)
+        choice = {"index": 0, "text": "x" * count, "logprobs": {"token_logprobs": [logprob]}, "finish_reason": "stop"}
+        reply(writer, 200, {"id": "cmpl-1", "object": "text_completion", "choices": [choice], "usage": {"prompt_tokens": 1}})
+
+    async def stream(self, writer: asyncio.StreamWriter, script: dict[str, Any]) -> None:
+        head = "HTTP/1.1 200 OK\r\ncontent-type: text/event-stream; charset=utf-8\r\ntransfer-encoding: chunked\r\n\r\n"
+        writer.write(head.encode())
+        for index in range(script.get("tokens", 3)):
+            event(writer, {"id": "cmpl-1", "choices": [{"index": 0, "text": f"{index} data: [DONE]\n\n"}]})
+            await writer.drain()
+            await self.token(script)
+        if (end := script.get("end", "done")) != "done":
+            await misbehave(end, writer)
+        chunk(writer, b"data: [DONE]\n\n")
+        writer.write(b"0\r\n\r\n")
+        await writer.drain()
+
+    async def token(self, script: dict[str, Any]) -> None:
+        await asyncio.sleep(script.get("gap_s", 0))
+        self.generated += not script.get("uncounted")
+
 
 def script_of(user: Any) -> dict[str, Any]:
     try:
@@ -101,32 +142,6 @@ def script_of(user: Any) -> dict[str, Any]:
     except (TypeError, ValueError):
         return {}
     return script if isinstance(script, dict) else {}
-
-
-async def generate(writer: asyncio.StreamWriter, path: str, fields: dict[str, Any], script: dict[str, Any]) -> None:
-    await asyncio.sleep(script.get("first_s", 0))
-    end, logprob = script.get("end", "done"), script.get("logprob", -0.5)
-    if status := script.get("status"):
-        reply(writer, status, {"error": {"message": "Out of range float values are not JSON compliant"}})
-        return
-    if not fields.get("stream"):
-        if end != "done":
-            await misbehave(end, writer)
-        count = script.get("tokens", 1)
-        await asyncio.sleep(count * script.get("gap_s", 0))
-        choice = {"index": 0, "text": "x" * count, "logprobs": {"token_logprobs": [logprob]}, "finish_reason": "stop"}
-        reply(writer, 200, {"id": "cmpl-1", "object": "text_completion", "choices": [choice], "usage": {"prompt_tokens": 1}})
-        return
-    writer.write(b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream; charset=utf-8\r\ntransfer-encoding: chunked\r\n\r\n")
-    for index in range(script.get("tokens", 3)):
-        event(writer, {"id": "cmpl-1", "choices": [{"index": 0, "text": f"{index} data: [DONE]\n\n"}]})
-        await writer.drain()
-        await asyncio.sleep(script.get("gap_s", 0))
-    if end != "done":
-        await misbehave(end, writer)
-    chunk(writer, b"data: [DONE]\n\n")
-    writer.write(b"0\r\n\r\n")
-    await writer.drain()
 
 
 async def misbehave(end: str, writer: asyncio.StreamWriter) -> None:

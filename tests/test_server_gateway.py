@@ -148,7 +148,7 @@ def test_a_client_that_leaves_frees_its_slot_within_a_second(open_gateway: Gatew
 @pytest.mark.fault("S4")
 @pytest.mark.parametrize("end", ["error", "truncate"])
 def test_a_stream_that_fails_ends_with_an_error_event_and_no_done(open_gateway: Gateway, end: str) -> None:
-    response = complete(open_gateway, stream=True, script={"tokens": 2, "end": end})
+    response = complete(open_gateway, stream=True, script={"tokens": 2, "gap_s": 0.2, "end": end})
     *events, last, rest = response.text.split("\n\n")
     assert rest == ""
     assert len(events) == 2

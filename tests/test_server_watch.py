@@ -87,3 +87,19 @@ async def test_an_engine_that_counts_nans_is_not_ready_for_a_missing_scrape() ->
         engine.has_metrics = True
         await after_two_canaries(engine)
         assert watch.health.is_ready
+
+
+@pytest.mark.fault("S4")
+async def test_a_failure_seen_during_a_canary_asks_for_another_at_once() -> None:
+    engine = ScriptedUpstream()
+    async with watching(engine, canary_interval_s=60) as watch:
+        await watch.health.until_first_ready()
+        engine.go.clear()
+        watch.suspect()
+        while engine.canaries < 2:
+            await asyncio.sleep(0.001)
+        watch.suspect()
+        engine.go.set()
+        async with asyncio.timeout(5):
+            while engine.canaries < 3:
+                await asyncio.sleep(0.001)

@@ -1,0 +1,42 @@
+"""What clients see, and what the gateway does, when an engine fails before it has answered or is busy for very long."""
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from helpers_server import StartGateway, complete, error_of, gateways
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[StartGateway]:
+    with gateways(tmp_path) as start:
+        yield start
+
+
+@pytest.mark.fault("S4")
+def test_a_stream_that_fails_before_its_first_token_has_a_status_of_its_own(start: StartGateway) -> None:
+    """vLLM answers such a stream with 200 and an error event; a balancer can only try elsewhere by the status."""
+    gateway = start(canary_interval_s=60).until_ready()
+    given_up = complete(gateway, stream=True, script={"tokens": 0, "end": "error"})
+    assert (given_up.status_code, error_of(given_up)["code"]) == (500, "engine_error")
+    died = complete(gateway, stream=True, script={"tokens": 0, "end": "error", "health": 503})
+    assert (died.status_code, error_of(died)["code"]) == (503, "engine_failed")
+    with gateway.client() as client:
+        assert "ard_ttft_seconds_count" not in client.get("/metrics").text
+        assert client.post("/v1/plan", json={"prompt": [1]}).json()["estimated_first_token_s"] is None
+
+
+@pytest.mark.timing
+@pytest.mark.fault("S5")
+@pytest.mark.parametrize("is_stuck", [False, True])
+def test_an_engine_whose_seats_are_taken_is_killed_only_if_it_stands_still(start: StartGateway, is_stuck: bool) -> None:
+    """Answers that are not streamed are silent for as long as they take, and the canary waits behind them in the engine."""
+    gateway = start({"seats": 2}, canary_timeout_s=0.3, hang_timeout_s=1).until_ready()
+    with ThreadPoolExecutor() as pool:
+        script = {"tokens": 40, "gap_s": 0.1, "uncounted": is_stuck}
+        asked = [pool.submit(complete, gateway, script=script) for _ in range(2)]
+        statuses = [answer.result().status_code for answer in asked]
+    assert statuses == ([503, 503] if is_stuck else [200, 200])
+    gateway.until_ready()
+    assert gateway.metric("ard_engine_restarts_total") == is_stuck

@@ -1,4 +1,4 @@
-"""The listening address, and uvicorn on it: with a clock on the headers, without signal handlers of its own."""
+"""The listening address, and uvicorn on it: with limits on the headers, without signal handlers of its own."""
 
 import asyncio
 import contextlib
@@ -7,11 +7,13 @@ from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import uvicorn
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from ard_serve.errors import UsageError
+from server.errors import ApiError, bad_request
 
 _BACKLOG = 1024
+_MAX_HEAD_BYTES = 1 << 16
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -60,42 +62,72 @@ class _Corked:
 
 
 def protocol(header_timeout_s: float) -> type[HttpToolsProtocol]:
-    """A protocol that closes a connection whose request headers take longer than `header_timeout_s` seconds."""
+    """A protocol that closes a connection whose request headers take longer than `header_timeout_s` seconds or 64 KiB."""
 
-    class TimedProtocol(HttpToolsProtocol):
+    class BoundedProtocol(HttpToolsProtocol):
         _header_timer: asyncio.TimerHandle | None = None
+        _head_bytes = 0  # that came since the last head, body part or end of a request: what the parser may have kept
 
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(cast(asyncio.Transport, _Corked(transport)))
             self._expect_headers()
 
         def data_received(self, data: bytes) -> None:
-            super().data_received(data)
+            while data and not self.transport.is_closing():
+                # No more than may still belong to a head: one read can bring 256 KiB.
+                piece, data = data[: _MAX_HEAD_BYTES - self._head_bytes], data[_MAX_HEAD_BYTES - self._head_bytes :]
+                self._head_bytes += len(piece)
+                super().data_received(piece)
+                if self._head_bytes >= _MAX_HEAD_BYTES:
+                    message = f"the request's headers are over {_MAX_HEAD_BYTES} bytes; send fewer or shorter ones"
+                    self._refuse(ApiError(431, message, "headers_too_large"))
             idle = self.cycle is None or self.cycle.response_complete
             if idle and self._header_timer is None and not self.transport.is_closing():
                 self._expect_headers()
 
         def on_headers_complete(self) -> None:
+            self._head_bytes = 0
             self._stop_timer()
             super().on_headers_complete()
+
+        def on_body(self, body: bytes) -> None:
+            self._head_bytes = 0
+            super().on_body(body)
+
+        def on_message_complete(self) -> None:
+            self._head_bytes = 0
+            super().on_message_complete()
 
         def connection_lost(self, exc: Exception | None) -> None:
             self._stop_timer()
             super().connection_lost(exc)
 
+        def send_400_response(self, msg: str) -> None:
+            self._refuse(bad_request("this is not HTTP/1.1 as it should be; check the client, or what is in between",
+                                     code="invalid_http"))  # fmt: skip
+
         def _expect_headers(self) -> None:
             self._header_timer = self.loop.call_later(header_timeout_s, self._too_slow)
 
         def _too_slow(self) -> None:
-            self.transport.write(b"HTTP/1.1 408 Request Timeout\r\nconnection: close\r\ncontent-length: 0\r\n\r\n")
-            self.transport.close()
+            self._refuse(ApiError(408, f"the headers did not arrive within {header_timeout_s:g} s", "header_timeout"))
 
         def _stop_timer(self) -> None:
             if self._header_timer:
                 self._header_timer.cancel()
                 self._header_timer = None
 
-    return TimedProtocol
+        def _refuse(self, error: ApiError) -> None:
+            """Answer, where that would not end up inside another answer, and close."""
+            has_begun = self.cycle and self.cycle.response_started and not self.cycle.response_complete
+            if not has_begun and not self.pipeline and not self.transport.is_closing():
+                body = error.body()
+                headers = {**error.all_headers(), "content-length": str(len(body)), "connection": "close"}
+                lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+                self.transport.write(STATUS_LINE[error.status] + lines.encode("latin-1") + b"\r\n" + body)
+            self.transport.close()
+
+    return BoundedProtocol
 
 
 class Server(uvicorn.Server):

@@ -1,0 +1,115 @@
+"""What a client meets before its request is one: limits on its head, errors of HTTP itself, and what is left of refusals."""
+
+import contextlib
+import json
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from helpers_server import Gateway, StartGateway, gateways
+
+OPENING = b"GET /livez HTTP/1.1\r\nhost: x\r\n"
+CHUNKED = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n0\r\n"
+FLOODS = {
+    "one header": (OPENING + b"x-long: ", b"a" * 65_536),
+    "many headers": (OPENING, b"a: b\r\n" * 10_000),
+    "url": (b"GET /", b"a" * 65_536),
+    "trailers": (CHUNKED, b"a: b\r\n" * 10_000),
+}
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StartGateway]:
+    with gateways(tmp_path_factory.mktemp("http")) as start:
+        yield start
+
+
+@pytest.fixture(scope="module")
+def gateway(start: StartGateway) -> Gateway:
+    return start().until_ready()
+
+
+@pytest.fixture(scope="module")
+def hasty_gateway(start: StartGateway) -> Gateway:
+    return start(header_timeout_s=0.5)
+
+
+def exchange(gateway: Gateway, *parts: bytes) -> tuple[int, dict[str, str]]:
+    """Status and error object of the answer to bytes that are sent as they are, until the gateway has closed."""
+    answer = b""
+    with socket.create_connection(("127.0.0.1", gateway.port), timeout=10) as connection:
+        with contextlib.suppress(ConnectionError):  # the gateway closes before it has read all
+            for part in parts:
+                connection.sendall(part)
+        with contextlib.suppress(ConnectionError):
+            while part := connection.recv(65_536):
+                answer += part
+    head, _, body = answer.partition(b"\r\n\r\n")
+    assert b"content-type: application/json" in head
+    assert b"connection: close" in head
+    (error,) = json.loads(body).values()
+    return int(head.split()[1]), error
+
+
+def resident_bytes(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * 4096
+
+
+@pytest.mark.fault("S10")
+@pytest.mark.parametrize("name", FLOODS)
+def test_headers_without_an_end_take_no_memory(gateway: Gateway, name: str) -> None:
+    opening, flood = FLOODS[name]
+    before = resident_bytes(gateway.process.pid)
+    sent = 0
+    with socket.create_connection(("127.0.0.1", gateway.port), timeout=10) as connection:
+        connection.sendall(opening)
+        with contextlib.suppress(ConnectionError):
+            while sent < 40_000_000:
+                sent += connection.send(flood)
+    assert sent < 40_000_000
+    assert resident_bytes(gateway.process.pid) - before < 10_000_000
+
+
+@pytest.mark.fault("S10")
+def test_headers_up_to_the_limit_pass_and_beyond_it_are_431(gateway: Gateway) -> None:
+    opening, end = OPENING + b"connection: close\r\nx-long: ", b"\r\n\r\n"
+    longest = 65_536 - len(opening) - len(end)
+    with socket.create_connection(("127.0.0.1", gateway.port), timeout=10) as connection:
+        connection.sendall(opening + b"a" * longest + end)
+        assert connection.makefile("rb").read().startswith(b"HTTP/1.1 200")
+    status, error = exchange(gateway, opening + b"a" * (longest + 1) + end)
+    assert status == 431
+    assert error["code"] == "headers_too_large"
+    assert "65536" in error["message"]
+
+
+def test_a_body_is_no_header(gateway: Gateway) -> None:
+    """A head and a body far longer than a head may be, in one piece and in many; then another request on the connection."""
+    body = json.dumps({"prompt": "x", "user": "u" * 200_000}).encode()
+    with gateway.client() as client:
+        for content in (body, iter([body[at : at + 1000] for at in range(0, len(body), 1000)])):
+            assert client.post("/v1/completions", content=content).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"nonsense\r\n\r\n",
+        b"GET / HTTP/1.1\r\nbad header\r\n\r\n",
+        b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\nzz\r\n",
+    ],
+    ids=["no request", "bad header", "bad chunk"],
+)
+def test_what_is_not_http_is_400_in_openai_shape(gateway: Gateway, sent: bytes) -> None:
+    status, error = exchange(gateway, sent)
+    assert (status, error["code"]) == (400, "invalid_http")
+    assert set(error) == {"message", "type", "param", "code"}
+
+
+@pytest.mark.fault("S11")
+@pytest.mark.parametrize("sent", [b"", OPENING], ids=["silence", "half a head"])
+def test_headers_too_slow_are_408_in_openai_shape(hasty_gateway: Gateway, sent: bytes) -> None:
+    status, error = exchange(hasty_gateway, sent)
+    assert (status, error["code"]) == (408, "header_timeout")
+    assert set(error) == {"message", "type", "param", "code"}

@@ -26,7 +26,7 @@ def build_app(gateway: Gateway) -> FastAPI:
 
     Generation is listed for its method and its place in the list; `FastLane` answers it before FastAPI sees it.
     """
-    app = FastAPI(title="ard serve", docs_url=None, redoc_url=None, openapi_url=None)
+    app = FastAPI(title="ard serve", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
     app.get("/livez")(gateway.live)
     app.get("/readyz")(gateway.ready)
     app.get("/metrics")(gateway.metrics)
@@ -49,7 +49,7 @@ def build_app(gateway: Gateway) -> FastAPI:
 
 def build_metrics_app(gateway: Gateway) -> FastAPI:
     """What an operator looks at, without a key: for a port that only the operator's network reaches."""
-    app = FastAPI(title="ard serve metrics", docs_url=None, redoc_url=None, openapi_url=None)
+    app = FastAPI(title="ard serve metrics", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
     app.get("/metrics")(gateway.scrape)
     app.get("/dashboard", response_class=Response)(gateway.dashboard)
     app.get("/v1/models")(gateway.cards)

@@ -61,7 +61,13 @@ def keyed_gateway(start: StartGateway, tmp_path_factory: pytest.TempPathFactory)
 
 
 @pytest.mark.fault("S16")
-@pytest.mark.parametrize("path", ["/invocations", "/tokenize", "/docs", "/redoc", "/v1/embeddings", "/generative_scoring"])
+@pytest.mark.parametrize(
+    "path",
+    [
+        *("/invocations", "/tokenize", "/docs", "/redoc", "/v1/embeddings", "/generative_scoring"),
+        *("/v1/completions/", "/v1/plan/", "/livez/"),  # a redirect would send key and prompt on, and without TLS
+    ],
+)
 def test_a_route_that_is_not_listed_does_not_exist(keyed_gateway: Gateway, path: str) -> None:
     with keyed_gateway.client() as client:
         assert client.get(path).status_code == 404
@@ -291,6 +297,9 @@ def test_media_is_refused(open_gateway: Gateway, kind: str) -> None:
     [
         {"response_format": {"type": "json_schema", "json_schema": {"schema": {"maxLength": 10**9}}}},
         {"structured_outputs": {"regex": "((a{1000}){1000}){1000}"}},
+        {"structured_outputs": {"regex": "a{" + "1" * 5_000 + "}"}},
+        {"structured_outputs": {"regex": "a{999999999}" * 500}},
+        {"structured_outputs": {"grammar": 'root ::= "a"{ 1 , 20000 }'}},
         {"structured_outputs": {"grammar": "root ::= " + "x" * 19_000}},
     ],
 )
@@ -443,4 +452,4 @@ def test_the_metrics_port_needs_no_key_and_has_nothing_else(start: StartGateway,
     gateway = start(api_keys=str(path), metrics_port=0).until_ready()
     url = re.findall(r"listening on (\S+), metrics", gateway.stdout)[0]
     assert 'ard_ready{engine="0"} 1.0' in httpx.get(f"{url}/metrics").text
-    assert httpx.post(f"{url}/v1/completions", json={}).status_code == 404
+    assert httpx.post(f"{url}/v1/completions", json={}).status_code == httpx.get(f"{url}/livez/").status_code == 404

@@ -112,6 +112,21 @@ def test_a_bad_question_is_named_by_file_and_line(
         Reading(path, tokenizer, book)
 
 
+def test_an_answer_without_words_is_not_what_a_model_that_writes_nothing_gives(
+    tokenizer: PreTrainedTokenizerBase, book: Haystack, tmp_path: Path
+) -> None:
+    """SQuAD has questions that one annotator answered with "."."""
+    items = [{"question": f"Question {i}?", "answers": ["intervention", "."], "facts": ["So it was."]} for i in range(3)]
+    items[0]["answers"] = [".", "The", "…"]
+    reading = Reading(write(tmp_path / "signs.jsonl", items), tokenizer, book)
+    prompts = [reading.prompt(LENGTH, 0.5, sample, seed=0) for sample in range(6)]
+    assert not any("Question 0?" in book.decode(prompt.ids) for prompt in prompts)
+    assert {prompt.score(output) for prompt in prompts for output in ("", " .", "\n", " the")} == {0.0}
+    assert {prompt.score(" Intervention.") for prompt in prompts} == {1.0}
+    with pytest.raises(DataError, match="no questions with an answer of words"):
+        Reading(write(tmp_path / "signs.jsonl", items[:1]), tokenizer, book)
+
+
 def test_reading_is_measured_beside_the_needles(checkpoint: Path, book: Haystack, tmp_path: Path) -> None:
     path = write(tmp_path / "towns.jsonl", paragraphs(40))
     fields = {"reading": (str(path),), "needle_lengths": (600, 900), "needle_depths": (0.5,), "needle_samples": 2}

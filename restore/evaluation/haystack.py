@@ -124,6 +124,11 @@ class Haystack:
         return [int(ends[np.abs(ends - place).argmin()]) for place in wanted]
 
 
+def has_words(answer: str) -> bool:
+    """Whether anything of an answer can be found; one of punctuation or articles alone is in the output that writes nothing."""
+    return bool(_normalized(answer).strip())
+
+
 def _normalized(text: str) -> str:
     """Words in lower case without articles and punctuation, as SQuAD compares answers, with a space around each."""
     words = re.findall(r"[^\W_]+", text.lower())

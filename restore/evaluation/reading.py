@@ -3,6 +3,7 @@
 A file is one task; its items are of one kind, told by their fields:
   {"question", "answers", "context", "title"}   the paragraph is hidden among paragraphs of other titles (SQuAD, NQ-open)
   {"question", "answer", "facts"}               the facts are hidden, in order, in book text (bAbI, as BABILong does)
+An answer of punctuation or articles alone, as SQuAD has ".", is left out, and a question that has no other is not asked.
 """
 
 import json
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ard_serve.errors import DataError
-from restore.evaluation.haystack import Haystack, Prompt, Quiz
+from restore.evaluation.haystack import Haystack, Prompt, Quiz, has_words
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -65,16 +66,17 @@ def _read(path: Path) -> list[dict[str, Any]]:
     for number, line in enumerate(lines, 1):
         try:
             item = json.loads(line)
-            _quiz(item)
+            quiz = _quiz(item)
             kind = "facts" in item
             usable = kind == ("facts" in (items or [item])[0]) and (kind or isinstance(item["title"], str))
         except (ValueError, KeyError, TypeError):
             usable = False
         if not usable:
             raise DataError(f"{path}:{number}: expected question, answers, context and title, or question, answer and facts")
-        items.append(item)
+        if quiz.answers:
+            items.append(item)
     if not items:
-        raise DataError(f"{path}: the file holds no questions")
+        raise DataError(f"{path}: the file holds no questions with an answer of words or numbers")
     return items
 
 
@@ -88,7 +90,7 @@ def _quiz(item: dict[str, Any]) -> Quiz:
         _INTRO,
         tuple(f" {text.strip()}" if scattered else f"\n\n{text.strip()}\n\n" for text in evidence),
         f"\n\nQuestion: {item['question']}\nAnswer:",
-        answers,
+        tuple(filter(has_words, answers)),
         judge="any",
         ordered=True,
     )

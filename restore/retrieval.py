@@ -1,7 +1,7 @@
 """Facts woven into long text and asked for later in it: what a window of books hardly ever makes a model do.
 
-The wording, the names and the kinds of value are none of the evaluation's (restore/evaluation/needles.py, RULER), so that
-finding a needle there is not a matter of having seen its sentence here.
+The wording, the names and the length of the numbers to find are none of the evaluation's (restore/evaluation/needles.py,
+RULER), so that finding a needle there is not a matter of having seen its sentence here.
 """
 
 from collections.abc import Iterator
@@ -32,7 +32,8 @@ _KINDS = (
     (" Note that {value} stands for {name} here.", "\nAbove it says what stands for {name}. What is it? It is {value}.\n"),
     ("\n{name}: {value}\n", "\nAbove there is a line that begins with {name}. What follows in it? {name}: {value}\n"),
 )
-# Digits of the numbers; those that the evaluation hides have six.
+# Digits of the numbers; those that the evaluation asks for have six. Five are trained, and its variable tracking hides a number
+# of five, but tells it in the question and asks for names.
 _DIGITS = (2, 3, 4, 5, 7, 8)
 # Half of the questions stand together at the end, as a user's question does; the others somewhere behind their fact.
 _ASKED_LAST = 0.5

@@ -1,5 +1,6 @@
 """Facts woven into windows: told before they are asked for, answers where they are said to be, length kept."""
 
+import inspect
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,8 @@ import torch
 
 from ard_serve.errors import UsageError
 from restore import retrieval
-from restore.evaluation import needles
+from restore.evaluation import needles, reading
+from restore.evaluation.haystack import Quiz
 from restore.loading import load_tokenizer
 from restore.retrieval import Weaver
 
@@ -60,12 +62,31 @@ def test_a_window_too_short_for_a_fact_is_refused(tokenizer: Any, window: torch.
         Weaver(tokenizer, spacing=512).weave(window[:, :100], (0,))
 
 
-def test_nothing_of_the_evaluations_wording_is_trained(tokenizer: Any) -> None:
-    """Neither a key nor four words in a row of any needle."""
-    evaluated = Path(needles.__file__).read_text().lower()
-    ours = " ".join(statement + question for statement, question in retrieval._KINDS).lower()
-    words = re.findall(r"[a-z]+", ours)
-    grams = {" ".join(words[i : i + 4]) for i in range(len(words) - 3)}
-    assert not [gram for gram in grams if gram in evaluated]
+def four_grams(text: str) -> set[str]:
+    words = re.findall(r"[a-z]+", text.replace("\\n", " ").lower())
+    return {" ".join(words[i : i + 4]) for i in range(len(words) - 3)}
+
+
+def asked(quiz: Quiz) -> str:
+    return " ".join((quiz.intro, *quiz.statements, quiz.question))
+
+
+def test_nothing_of_the_evaluations_wording_is_trained() -> None:
+    """Neither a key nor four words in a row of any prompt, as its program says them and as it asks them."""
+    quizzes = [make(np.random.default_rng(0)) for make in needles._QUIZZES.values()]
+    quizzes.append(reading._quiz({"question": "Who?", "answer": "garden", "facts": ["John."]}))
+    evaluated = [*map(inspect.getsource, (needles, reading)), *map(asked, quizzes)]
+    ours = " ".join(statement + question for statement, question in retrieval._KINDS)
+    assert four_grams(ours).isdisjoint(set().union(*map(four_grams, evaluated)))
     names = {retrieval._name(np.random.default_rng(seed)) for seed in range(2000)}
     assert names.isdisjoint(needles._KEYS)
+
+
+def test_numbers_as_long_as_a_needle_are_never_trained() -> None:
+    """Those of five digits are, which variable tracking hides: it tells them in the question and asks for names."""
+    generator = np.random.default_rng(0)
+    trained = {len(number) for _ in range(5000) for number in re.findall(r"\d+", retrieval._value(generator))}
+    answers = {task: make(generator).answers for task, make in needles._QUIZZES.items()}
+    assert all(name.isalpha() for name in answers.pop("variable_tracking"))
+    assert {len(number) for numbers in answers.values() for number in numbers} == {6}
+    assert trained == {2, 3, 4, 5, 7, 8}

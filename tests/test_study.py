@@ -115,20 +115,13 @@ def test_a_command_is_stopped_when_the_piece_is_over(settings: Path, tmp_path: P
     assert work.ard("eval", "--help") == -signal.SIGTERM
 
 
-@pytest.mark.parametrize(
-    ("example", "run"),
-    [
-        ("study-smollm2", "linearard-linear-2"),
-        ("study-smollm2-ablation", "with-jumps-yarn-0"),
-        ("study-smollm2-search", "less-lm-yarn-0"),
-        ("study-smollm2-balance", "facts-0.1-yarn-0"),
-    ],
-)
-def test_the_examples_are_studies(example: str, run: str) -> None:
-    found = study.Study.resolve(study.ROOT / "examples" / f"{example}.yaml", {})
+@pytest.mark.parametrize("example", sorted((study.ROOT / "examples").glob("study-*.yaml")), ids=lambda path: path.stem)
+def test_the_examples_are_studies(example: Path) -> None:
+    found = study.Study.resolve(example, {})
     names = [name for name, _ in study.Work(found, Path("out"), Path("out"), "", 0.0).runs()]
-    assert run in names
     assert len(set(names)) == len(names)
+    ropes = {recipe: {changes.get("rope_type", rope) for rope in found.rope_types} for recipe, changes in found.recipes.items()}
+    assert set(names) == {f"{recipe}-{rope}-{seed}" for recipe in ropes for rope in ropes[recipe] for seed in found.seeds}
 
 
 def test_a_recipe_with_a_rope_of_its_own_runs_once(settings: Path, tmp_path: Path) -> None:

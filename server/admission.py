@@ -73,6 +73,12 @@ class Admission:
         """The engine with the largest KV cache."""
         return max(self.ledgers, key=lambda ledger: ledger.kv_tokens)
 
+    def refusal(self, least: Need) -> ApiError | None:
+        """The answer to a request of this size or more that could neither enter now nor wait, or None."""
+        is_long = self.is_long(least)
+        enters = not self._queues[is_long] and any(led.cost(least) <= led.free_tokens for led in self._doors(is_long))
+        return None if enters or self.waiting < self._queue_size else self._full()
+
     @asynccontextmanager
     async def slot(self, need: Need) -> AsyncIterator[Ticket]:
         """Wait until an engine has the KV memory, and hold it for the length of the block.
@@ -101,7 +107,7 @@ class Admission:
         if ticket.ledger:
             return
         if self.waiting > self._queue_size:
-            raise self._busy(f"{self._queue_size} requests are waiting already")
+            raise self._full()
         try:
             async with asyncio.timeout(self._queue_timeout_s):
                 await ticket.granted
@@ -138,16 +144,23 @@ class Admission:
                 ticket.granted.set_result(None)
 
     def _next(self) -> tuple[Ticket, Ledger] | None:
-        """The next to enter, and the engine with the most free memory. One that hangs gets new work only if no other runs."""
-        doors = [ledger for ledger in self.ledgers if ledger.is_open]
-        doors = [ledger for ledger in doors if ledger.is_ready] or doors
+        """The next to enter, and the engine with the most free memory."""
         for ticket in sorted((queue[0] for queue in self._queues if queue), key=lambda t: t.asked_at):
-            lane = [led for led in doors if not ticket.is_long or led.long_prefills < self.lanes.max_long_prefills]
-            if fitting := [ledger for ledger in lane if ledger.cost(ticket.need) <= ledger.free_tokens]:
+            doors = self._doors(ticket.is_long)
+            if fitting := [ledger for ledger in doors if ledger.cost(ticket.need) <= ledger.free_tokens]:
                 return ticket, max(fitting, key=lambda ledger: ledger.free_tokens)
-            if lane and time.monotonic() - ticket.asked_at > _OVERTAKE_SHARE * self._queue_timeout_s:
+            if doors and time.monotonic() - ticket.asked_at > _OVERTAKE_SHARE * self._queue_timeout_s:
                 return None
         return None
+
+    def _doors(self, is_long: bool) -> list[Ledger]:
+        """Engines that take such a prompt if they have the memory. One that hangs gets new work only if no other runs."""
+        doors = [ledger for ledger in self.ledgers if ledger.is_open]
+        doors = [ledger for ledger in doors if ledger.is_ready] or doors
+        return [ledger for ledger in doors if not is_long or ledger.long_prefills < self.lanes.max_long_prefills]
+
+    def _full(self) -> ApiError:
+        return self._busy(f"{self._queue_size} requests are waiting already")
 
     def _busy(self, why: str) -> ApiError:
         return ApiError(429, f"the server is full: {why}; try again later", "server_busy", retry_after_s=self._retry_after_s())

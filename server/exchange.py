@@ -25,6 +25,7 @@ from server.traces import Trace
 from server.watch import Watch
 
 _LAST_WORDS_S = 1
+_BYTES_PER_TOKEN = 16  # of a text, at most; where a token is longer, a full queue may refuse what it might have let in
 _STREAM_HEADERS = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache", "x-accel-buffering": "no"}
 _ERROR_EVENTS = (b'data: {"error"', b"event: error", b"event: response.failed")
 _BEFORE_PREFILL = (b"event: response.created", b"event: response.in_progress")
@@ -115,6 +116,8 @@ class Exchange(Response):
                 await self._fail(error, send)
 
     async def _generate(self, send: Send) -> None:
+        if self.call.prompt_tokens is None:
+            self._check_queue()
         pool, self.sized = await self._services.profiles.place(self.call, self.caller, self.request_id)
         self.profile = pool.profile
         need = Need(self.call.n, self.sized.prompt_tokens, self.sized.max_tokens)
@@ -137,6 +140,20 @@ class Exchange(Response):
                 kv_token_seconds = ticket.tokens * ticket.held_s()
                 self.caller.charge(kv_token_seconds)
                 self._services.metrics.kv_token_seconds.labels(self.caller.name).inc(kv_token_seconds)
+
+    def _check_queue(self) -> None:
+        """Refuse a text by its bytes before an engine counts its tokens: a flood of long ones must not cost it that work.
+
+        Raises:
+            ApiError: 429, no queue has a place for it.
+        """
+        call, profiles = self.call, self._services.profiles
+        tokens = len(call.body) // (_BYTES_PER_TOKEN * call.prompts)
+        least = Need(call.n, (tokens,) * call.prompts, call.max_tokens or 1)
+        pools = profiles.pools if profiles.short and tokens <= profiles.short.limit else (profiles.main,)
+        refusals = [refusal for pool in pools if (refusal := pool.admission.refusal(least))]
+        if len(refusals) == len(pools):
+            raise refusals[0]
 
     async def _forward(self, answer: Connection, engine: Watch, ticket: Ticket, send: Send) -> None:
         body = await answer.read()

@@ -96,6 +96,22 @@ async def test_a_full_queue_and_a_long_wait_are_429() -> None:
     await inside.leave()
 
 
+@pytest.mark.fault("S8")
+async def test_a_full_queue_refuses_at_once_what_could_not_enter() -> None:
+    door = Door(queue_size=1)
+    assert door.refusal(need(2000, prompt_tokens=1500)) is None
+    longs = [Guest(door, 150, prompt_tokens=140) for _ in range(3)]
+    await settle()
+    assert door.waiting == 1
+    refusal = door.refusal(need(150, prompt_tokens=140))
+    assert refusal
+    assert refusal.status == 429
+    assert door.refusal(need(700)) is None  # a short one may overtake, where it fits
+    assert door.refusal(need(710))
+    for guest in longs:
+        await guest.leave()
+
+
 async def test_one_who_stops_waiting_leaves_no_trace() -> None:
     door = Door()
     inside, waiting, behind = Guest(door, 900), Guest(door, 200), Guest(door, 300)

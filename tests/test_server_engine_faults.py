@@ -3,9 +3,10 @@
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
-from helpers_server import StartGateway, complete, error_of, gateways
+from helpers_server import StartGateway, complete, error_of, gateways, wait_for
 
 
 @pytest.fixture
@@ -40,3 +41,18 @@ def test_an_engine_whose_seats_are_taken_is_killed_only_if_it_stands_still(start
     assert statuses == ([503, 503] if is_stuck else [200, 200])
     gateway.until_ready()
     assert gateway.metric("ard_engine_restarts_total") == is_stuck
+
+
+@pytest.mark.fault("S8")
+def test_a_text_that_a_full_queue_refuses_is_not_counted_by_the_engine(start: StartGateway) -> None:
+    gateway = start(queue_size=1).until_ready()
+    text: dict[str, Any] = {"prompt": "x" * 400, "max_tokens": 100}
+    with ThreadPoolExecutor() as pool:
+        asked = [pool.submit(complete, gateway, max_tokens=500, script={"first_s": 5}) for _ in range(3)]
+        wait_for(lambda: gateway.metric('ard_queue_length{lane="short"}') == 1)
+        refused = complete(gateway, **text)
+        assert (refused.status_code, error_of(refused)["code"]) == (429, "server_busy")
+        assert gateway.engine_events("tokenize") == []
+        assert [answer.result().status_code for answer in asked] == [200] * 3
+    assert complete(gateway, **text).status_code == 200
+    assert len(gateway.engine_events("tokenize")) == 1

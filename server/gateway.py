@@ -93,16 +93,20 @@ class Gateway:
     async def _accept(self, request: Request, kind: Kind | None) -> tuple[Caller, Call]:
         """Everything that can be said of a request before it is counted."""
         caller = self._keys.identify(request.headers.get("authorization"))
-        health = self._profiles.main.health
-        if refusal := health.refusal(self._config.drain_s if health.is_draining else _RETRY_AFTER_S):
-            raise refusal
+        self._check_health()
         caller.check_quota()
         body = await self._read_body(request)
+        self._check_health()  # again: who came in now after a SIGTERM would be cut off without a word
         kind = kind or (CHAT if "messages" in decode(body) else COMPLETION)
         known = self._profiles.main.parameters.get(kind.schema, frozenset())
         if kind is RESPONSES and not known:
             raise ApiError(404, "this engine has no /v1/responses", "not_found")
         return caller, self._literal.clean(parse(body, kind, self._limits, known, self._card["id"]))
+
+    def _check_health(self) -> None:
+        health = self._profiles.main.health
+        if refusal := health.refusal(self._config.drain_s if health.is_draining else _RETRY_AFTER_S):
+            raise refusal
 
     async def models(self, request: Request) -> Response:
         self._keys.identify(request.headers.get("authorization"))

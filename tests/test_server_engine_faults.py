@@ -1,12 +1,15 @@
 """What clients see, and what the gateway does, when an engine fails before it has answered or is busy for very long."""
 
+import json
+import signal
+import socket
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers_server import StartGateway, complete, error_of, gateways, wait_for
+from helpers_server import PROMPT, StartGateway, complete, error_of, gateways, wait_for
 
 
 @pytest.fixture
@@ -56,3 +59,25 @@ def test_a_text_that_a_full_queue_refuses_is_not_counted_by_the_engine(start: St
         assert [answer.result().status_code for answer in asked] == [200] * 3
     assert complete(gateway, **text).status_code == 200
     assert len(gateway.engine_events("tokenize")) == 1
+
+
+@pytest.mark.fault("S6")
+def test_a_body_that_was_on_its_way_at_sigterm_is_refused(start: StartGateway) -> None:
+    """Whoever is let in is waited for, and the wait may have ended when the body is there."""
+    gateway = start(drain_s=30).until_ready()
+    body = json.dumps({"prompt": PROMPT, "user": json.dumps({"first_s": 10})}).encode()
+    with ThreadPoolExecutor() as pool, socket.create_connection(("127.0.0.1", gateway.port), timeout=30) as connection:
+        running = pool.submit(complete, gateway, script={"first_s": 5})
+        wait_for(lambda: len(gateway.engine_events("start")) == 1)
+        head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: %d\r\n\r\n" % len(body)
+        connection.sendall(head + body[:5])
+        wait_for(lambda: gateway.status("/livez") == 200)  # by then the head has been read
+        gateway.process.send_signal(signal.SIGTERM)
+        wait_for(lambda: gateway.status("/readyz") == 503)
+        connection.sendall(body[5:])
+        answer = connection.makefile("rb").read()
+        assert running.result().status_code == 200
+    assert answer.startswith(b"HTTP/1.1 503")
+    assert b"server_draining" in answer
+    assert len(gateway.engine_events("start")) == 1
+    assert gateway.wait() == 0

@@ -3,7 +3,7 @@
 matplotlib draws with stand-in colours, which become CSS variables afterwards. The palette is Okabe and Ito's, safe for
 colour-blind readers; line styles and markers tell models apart without any colour.
 
-`python -m restore.plots evaluation.json before-after.svg` draws the picture of a README.
+`python -m restore.plots evaluation.json before-after.svg` draws the picture of a page.
 """
 
 import argparse
@@ -214,23 +214,30 @@ def layer_kl(axes: Axes, before: Sequence[float], after: Sequence[float]) -> Non
     axes.set_ylabel("KL divergence, nats")
 
 
-def before_after(found: EvaluationReport) -> str:
+def before_after(models: Sequence[Evaluation]) -> str:
     """A picture that stands alone: perplexity by length beside needles, or short tasks where none were asked for."""
     with theme():
         drawing, axes = figure(10.4, 3.9, 2, (1.25, 1))
-        perplexity_by_length(axes[0], found.models)
+        perplexity_by_length(axes[0], models)
         axes[0].set_title("Perplexity on held-out books (lower is better)")
-        if needles := any(model.needles for model in found.models):
-            needles_by_length(axes[1], found.models)
+        if any(model.needles for model in models):
+            needles_by_length(axes[1], models)
             axes[1].set_title("Needles found (higher is better)")
         else:
-            task_bars(axes[1], found.models)
+            task_bars(axes[1], models)
             axes[1].set_title("Short tasks (higher is better)")
         legend(drawing, axes[0])
-        svg = to_svg(
-            drawing, f"Before and after: perplexity by window length, and {'needles found' if needles else 'short tasks'}"
-        )
+        svg = to_svg(drawing, _told(models))
     return standing_alone(svg)
+
+
+def _told(models: Sequence[Evaluation]) -> str:
+    """What the picture ends with, in words."""
+    length = max(score.length for model in models for score in model.perplexity)
+    read = [f"{model.name} {model.scores.perplexity[length]:,.1f}" for model in models if length in model.scores.perplexity]
+    found = [f"{model.name} {model.scores.needle[length]:.0%}" for model in models if length in model.scores.needle]
+    needles = f"; needles found: {', '.join(found)}" if found else ""
+    return f"Before and after. Perplexity at {length:,} tokens: {', '.join(read)}{needles}"
 
 
 def standing_alone(svg: str) -> str:
@@ -294,8 +301,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("evaluation", type=Path, help="evaluation.json of `ard eval` or `ard restore`")
     parser.add_argument("picture", type=Path, help="the .svg file to write")
     given = parser.parse_args(arguments)
+    found = EvaluationReport.model_validate_json(given.evaluation.read_bytes())
     given.picture.parent.mkdir(parents=True, exist_ok=True)
-    given.picture.write_text(before_after(EvaluationReport.model_validate_json(given.evaluation.read_bytes())), "utf-8")
+    given.picture.write_text(before_after(found.models), "utf-8")
 
 
 if __name__ == "__main__":

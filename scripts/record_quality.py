@@ -15,6 +15,7 @@ from typing import Any
 
 from ard_serve.artifact import RecipeRecord, read_manifest
 from restore.config import RestoreConfig
+from restore.evaluation.compare import BEYOND_GUESSING
 from restore.evaluation.gate import judge
 from restore.evaluation.results import Evaluation, EvaluationReport
 from restore.runfolder import CONFIG, MODEL
@@ -69,6 +70,7 @@ def describe(report: EvaluationReport, run: Path, command: str, remark: str = ""
         "remark": remark,
         "missed": list(verdict.failures),
         "served_limit": verdict.served_limit,
+        "tasks": {task.name: {"items": len(task.correct), "chance": task.chance} for task in report.models[0].tasks},
         "rows": rows(report, config, _named(manifest.recipe, remark, config), manifest.rope.factor),
     }
 
@@ -89,6 +91,7 @@ def _row(
     scores, restored, native = model.scores, model.name == "restored", model.name == "native"
     mean, native_mean = model.short_mean, report.models[0].short_mean
     names = {task.name for task in model.tasks}
+    ratios = {row.what: row.ratio for row in report.comparisons if row.model == model.name}
     return {
         "model": Path(config.model).name,
         "recipe": _RECIPES.get(model.name, done.name),
@@ -102,6 +105,7 @@ def _row(
         "short": scores.tasks,
         "short_mean": mean,
         "retention": mean / native_mean if mean is not None and native_mean else None,
+        "beyond_guessing": 1.0 if native else ratios.get(BEYOND_GUESSING),
         "short_p": {c.what: c.p_value for c in report.comparisons if c.model == model.name and c.what in names},
         "short_perplexity": {t.name: t.metrics["perplexity"] for t in model.tasks if "perplexity" in t.metrics},
     }

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from scripts import quality_table, speed_plots, speed_tables
+from scripts import quality_plot, quality_table, speed_plots, speed_tables
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = {"ard_serve", "restore", "server", "loadtests"}
@@ -77,7 +77,7 @@ def test_every_path_a_page_names_exists(page: Path) -> None:
 def test_the_tables_of_a_page_are_what_the_results_say(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     assert "<!-- quality " in text
-    assert quality_table.filled(text) == text, "run python scripts/quality_table.py"
+    assert quality_table.filled(text) == text, "run python -m scripts.quality_table"
 
 
 @pytest.mark.parametrize("page", speed_tables.PAGES, ids=lambda page: page.name)
@@ -110,6 +110,14 @@ def test_the_picture_of_the_engine_is_what_the_results_say() -> None:
     assert label
     kept = (ROOT / "docs" / "images" / "engine.svg").read_text(encoding="utf-8")
     assert label[0] in kept, "run python -m scripts.speed_plots docs/results/engine-h200.json docs/images/engine.svg"
+
+
+def test_the_picture_of_the_readme_is_what_the_results_say() -> None:
+    label = re.search(r'aria-label="[^"]*', quality_plot.picture())
+    assert label
+    assert "cpt (3 seeds) 25.0" in label[0]
+    kept = (ROOT / "docs" / "images" / "before-after.svg").read_text(encoding="utf-8")
+    assert label[0] in kept, "run python -m scripts.quality_plot"
 
 
 def test_the_demo_books_are_what_their_manifest_says() -> None:

@@ -80,7 +80,7 @@ def compare(reference: Evaluation, model: Evaluation) -> list[Comparison]:
     pairs = paired_tasks(reference, model)
     if len(pairs) > 1:
         result.append(_mean(reference.name, model.name, MEAN, pairs))
-    if able := beyond_guessing(pairs):
+    if len(able := beyond_guessing(pairs)) > 1:
         result.append(_mean(reference.name, model.name, BEYOND_GUESSING, able, guessed=True))
     windows = {score.length: score for score in model.perplexity}
     result += [

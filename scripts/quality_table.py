@@ -4,8 +4,8 @@
 
 A page marks a table's place with two comments, `<!-- quality FILE RUN... -->` and `<!-- end -->`; RUN counts the runs of FILE
 from 0. Several runs stand side by side, native and stretched models once; those of one recipe share a column, with the mean and
-the least and most of its seeds. With `bars` for `quality` the table says what was to be reached, and what `default` reached. A test fails
-when a page and its results differ.
+the least and most of its seeds. With `bars` for `quality` the table says what was to be reached, and what `default` reached.
+A test fails when a page and its results differ.
 """
 
 import json

@@ -61,6 +61,7 @@ class Gateway:
         trace = self._traces.begin(f"POST {kind.path}", request.headers) if self._traces else None
         exchange = Exchange(call, caller, request.state.request_id, self._services, trace)
         self._exchanges.add(exchange)
+        request.state.exchange = exchange
         return exchange
 
     async def plan(self, request: Request) -> Response:
@@ -71,6 +72,7 @@ class Gateway:
         admission, largest = pool.admission, pool.admission.roomiest()
         free_tokens = max(ledger.free_tokens for ledger in admission.ledgers)
         first_s, last_s = self._services.pace.estimate_s(prompt_tokens, sized.max_tokens)
+        self.record(request, "/v1/plan", 200, "ok")
         return _json(
             {
                 "object": "plan",
@@ -90,9 +92,24 @@ class Gateway:
             }
         )
 
+    def record(self, request: Request, route: str, status: int, outcome: str) -> None:
+        """Count and log a request that was refused, planned or left before it became an exchange, which does so itself."""
+        if hasattr(request.state, "exchange"):
+            return
+        key = getattr(request.state, "key", "-")
+        self._metrics.requests.labels(key, route, "", outcome).inc()
+        fields = {"request_id": request.state.request_id, "key": key, "route": route, "status": status, "outcome": outcome}
+        access_log.info(json.dumps(fields | {"client": request.client and request.client.host}))
+
+    def _identify(self, request: Request) -> Caller:
+        """Who asks; raises ApiError 401."""
+        caller = self._keys.identify(request.headers.get("authorization"))
+        request.state.key = caller.name
+        return caller
+
     async def _accept(self, request: Request, kind: Kind | None) -> tuple[Caller, Call]:
         """Everything that can be said of a request before it is counted."""
-        caller = self._keys.identify(request.headers.get("authorization"))
+        caller = self._identify(request)
         self._check_health()
         caller.check_quota()
         body = await self._read_body(request)
@@ -109,20 +126,20 @@ class Gateway:
             raise refusal
 
     async def models(self, request: Request) -> Response:
-        self._keys.identify(request.headers.get("authorization"))
+        self._identify(request)
         return await self.cards()
 
     async def cards(self) -> Response:
         return _json({"object": "list", "data": [self._card]})
 
     async def model(self, request: Request, name: str) -> Response:
-        self._keys.identify(request.headers.get("authorization"))
+        self._identify(request)
         if name != self._card["id"]:
             raise ApiError(404, f"model {name[:100]!r} is not served here; use {self._card['id']!r}", "model_not_found")
         return _json(self._card)
 
     async def openapi(self, request: Request) -> Response:
-        self._keys.identify(request.headers.get("authorization"))
+        self._identify(request)
         return _json(openapi.document(self._limits, self._profiles.main.parameters, self._keys.are_required))
 
     async def live(self) -> Response:
@@ -133,7 +150,7 @@ class Gateway:
         return _json({"status": str(health.phase), "reason": health.reason}, 200 if health.is_ready else 503)
 
     async def metrics(self, request: Request) -> Response:
-        caller = self._keys.identify(request.headers.get("authorization"))
+        caller = self._identify(request)
         if not caller.is_admin:
             raise ApiError(403, f"key '{caller.name}' may not read /metrics; set admin = true for it", "not_admin")
         return await self.scrape()

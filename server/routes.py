@@ -1,6 +1,7 @@
 """The routes that exist, and what becomes of whatever else happens on the way to them."""
 
 import asyncio
+import logging
 import re
 import secrets
 from collections.abc import Awaitable, Callable
@@ -10,12 +11,14 @@ from fastapi import FastAPI, Request
 from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.call import KINDS, Kind
 from server.connection import UpstreamError
 from server.errors import ApiError, unavailable
 from server.gateway import Gateway
+
+log = logging.getLogger("server")
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
 _DISCARD_S = 1
@@ -27,6 +30,7 @@ def build_app(gateway: Gateway) -> FastAPI:
     Generation is listed for its method and its place in the list; `FastLane` answers it before FastAPI sees it.
     """
     app = FastAPI(title="ard serve", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
+    app.state.gateway = gateway
     app.get("/livez")(gateway.live)
     app.get("/readyz")(gateway.ready)
     app.get("/metrics")(gateway.metrics)
@@ -41,7 +45,6 @@ def build_app(gateway: Gateway) -> FastAPI:
     app.exception_handler(UpstreamError)(_engine_failed)
     app.exception_handler(HTTPException)(_http_error)
     app.exception_handler(ClientDisconnect)(_client_left)
-    app.exception_handler(Exception)(_bug)
     app.add_middleware(FastLane, gateway=gateway)
     app.add_middleware(RequestIds)
     return app
@@ -59,22 +62,32 @@ def build_metrics_app(gateway: Gateway) -> FastAPI:
 
 
 class RequestIds:
-    """Gives each request an id, the client's own where it is sane, and each answer the id of its request."""
+    """Gives each request an id, the client's own where it is sane, and each answer the id of its request, a bug's too."""
 
-    def __init__(self, app: Callable[..., Awaitable[None]]) -> None:
+    def __init__(self, app: ASGIApp) -> None:
         self._app = app
 
-    async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         given = next((value for name, value in scope["headers"] if name == b"x-request-id"), b"").decode("latin-1")
         request_id = given if _REQUEST_ID.fullmatch(given) else f"req-{secrets.token_hex(12)}"
         scope.setdefault("state", {})["request_id"] = request_id
+        has_begun = False
 
-        async def send_with_id(message: dict[str, Any]) -> None:
+        async def send_with_id(message: Message) -> None:
+            nonlocal has_begun
             if message["type"] == "http.response.start":
+                has_begun = True
                 message = {**message, "headers": [*message["headers"], (b"x-request-id", request_id.encode())]}
             await send(message)
 
-        await self._app(scope, receive, send_with_id)
+        try:
+            await self._app(scope, receive, send_with_id)
+        except Exception:
+            log.exception("%s: a bug of the gateway", request_id)
+            if not has_begun:  # an answer that has is cut off by uvicorn, since it has no end
+                error = ApiError(500, "internal error; the request id leads to its log", "internal_error")
+                answer = await _api_error(Request(scope), error)
+                await answer(scope, receive, send_with_id)
 
 
 class FastLane:
@@ -88,13 +101,14 @@ class FastLane:
         kind = self._kinds.get(scope["path"]) if scope["method"] == "POST" else None
         if kind is None:
             return await self._app(scope, receive, send)
+        scope["route"] = kind  # as FastAPI's routing would, for the log
         request = Request(scope, receive)
         try:
             answer: Response = await self._gateway.generate(request, kind)
         except ApiError as error:
             answer = await _api_error(request, error)
-        except ClientDisconnect:
-            return None
+        except ClientDisconnect as error:
+            answer = await _client_left(request, error)
         return await answer(scope, receive, send)
 
 
@@ -107,6 +121,7 @@ def _endpoint(gateway: Gateway, kind: Kind) -> Callable[[Request], Awaitable[Res
 
 async def _api_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
+    _record(request, error.status, error.code)
     kind = _Lingering if error.status in (408, 413) else Response
     return kind(error.body(), error.status, error.all_headers())
 
@@ -126,11 +141,13 @@ async def _engine_failed(request: Request, error: Exception) -> Response:
 
 
 async def _client_left(request: Request, error: Exception) -> Response:
+    _record(request, 0, "client_left")
     return Response(status_code=499)
 
 
-async def _bug(request: Request, error: Exception) -> Response:
-    return await _api_error(request, ApiError(500, "internal error; the request id leads to its log", "internal_error"))
+def _record(request: Request, status: int, outcome: str) -> None:
+    """By the route's own path: each that a client makes up would be a label of its own in /metrics."""
+    request.app.state.gateway.record(request, getattr(request.scope.get("route"), "path", "-"), status, outcome)
 
 
 class _Lingering(Response):

@@ -5,6 +5,7 @@
 
 import hashlib
 import hmac
+import re
 import secrets
 import sys
 import time
@@ -16,9 +17,11 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from ard_serve.errors import UsageError
+from ard_serve.errors import ArdError, UsageError
 from ard_serve.settings import explain
 from server.errors import ApiError
+
+_NAME = r"^[A-Za-z0-9_.-]{1,64}$"
 
 
 class KeyRecord(BaseModel):
@@ -36,7 +39,7 @@ class KeyFile(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    keys: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")], KeyRecord] = Field(min_length=1)
+    keys: dict[Annotated[str, Field(pattern=_NAME)], KeyRecord] = Field(min_length=1)
 
 
 @dataclass
@@ -49,6 +52,14 @@ class Caller:
     balance: float = 0.0
     updated_at: float = 0.0
 
+    def renew(self, record: KeyRecord, cache_salt: str) -> None:
+        """Take what the key file says now. The balance stays, and requests in flight go on charging it."""
+        if self._quota:
+            self._refill(self._quota)
+        else:
+            self.balance, self.updated_at = record.kv_token_seconds_per_minute or 0.0, time.monotonic()
+        self.record, self.cache_salt = record, cache_salt
+
     @property
     def is_admin(self) -> bool:
         """Without keys everybody who can connect is."""
@@ -56,8 +67,7 @@ class Caller:
 
     def check_quota(self) -> None:
         """Raises ApiError 429 with the time until the quota has recovered."""
-        quota = self.record and self.record.kv_token_seconds_per_minute
-        if quota and self._refill(quota) < 0:
+        if (quota := self._quota) and self._refill(quota) < 0:
             raise ApiError(
                 429,
                 f"key '{self.name}' has used its quota of {quota:g} KV-token-seconds a minute; try again later",
@@ -67,9 +77,12 @@ class Caller:
 
     def charge(self, kv_token_seconds: float) -> None:
         """Subtract what a request has held, after it has ended."""
-        quota = self.record and self.record.kv_token_seconds_per_minute
-        if quota:
-            self.balance = self._refill(quota) - kv_token_seconds
+        if self._quota:
+            self.balance = self._refill(self._quota) - kv_token_seconds
+
+    @property
+    def _quota(self) -> float | None:
+        return self.record.kv_token_seconds_per_minute if self.record else None
 
     def _refill(self, quota: float) -> float:
         now = time.monotonic()
@@ -102,9 +115,8 @@ class Keys:
         known = {caller.name: caller for caller in self._callers.values()}
         callers: dict[str, Caller] = {}
         for name, record in read_key_file(self._path).keys.items():
-            before = known.get(name)
-            balance = before.balance if before else record.kv_token_seconds_per_minute or 0.0
-            callers[record.sha256] = Caller(name, record, self._salt(record), balance, time.monotonic())
+            callers[record.sha256] = caller = known.get(name) or Caller(name, None, None)
+            caller.renew(record, self._salt(record))
         self._callers = callers
 
     @property
@@ -158,11 +170,21 @@ def read_key_file(path: Path) -> KeyFile:
 
 
 def main(name: str) -> None:
-    """Make a key called `name`."""
+    """Make a key called `name`.
+
+    Raises:
+        UsageError: a name that no key file may hold.
+    """
+    if not re.fullmatch(_NAME, name):
+        raise UsageError(f"{name!r} cannot name a key; use up to 64 letters, digits, '_', '.' and '-'")
     key = "ard-" + secrets.token_urlsafe(32)
     print(f"key, shown only now: {key}", file=sys.stderr)
-    print(f'[keys.{name}]\nsha256 = "{hash_key(key)}"')
+    print(f'[keys."{name}"]\nsha256 = "{hash_key(key)}"')
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:2] or ["default"])
+    try:
+        main(*sys.argv[1:2] or ["default"])
+    except ArdError as error:
+        print(f"server.auth: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)

@@ -18,14 +18,23 @@ def write_keys(path: Path, **keys: str) -> Path:
     return path
 
 
-def test_a_made_key_opens_the_door(tmp_path: Path) -> None:
-    made = subprocess.run([sys.executable, "-m", "server.auth", "alice"], capture_output=True, text=True, check=True)
+@pytest.mark.parametrize("name", ["alice", "team.alice", "a-b_c", "-"])
+def test_a_made_key_opens_the_door(tmp_path: Path, name: str) -> None:
+    made = subprocess.run([sys.executable, "-m", "server.auth", name], capture_output=True, text=True, check=True)
     key = made.stderr.split()[-1]
     assert key not in made.stdout
     path = tmp_path / "keys.toml"
     path.write_text(made.stdout)
-    assert Keys(path).identify(f"Bearer {key}").name == "alice"
-    assert KeyFile.model_validate(tomllib.loads(made.stdout)).keys["alice"].admin is False
+    assert Keys(path).identify(f"Bearer {key}").name == name
+    assert KeyFile.model_validate(tomllib.loads(made.stdout)).keys[name].admin is False
+
+
+@pytest.mark.parametrize("name", ["a b", 'a"b', "", "a]\n", "x" * 65])
+def test_a_name_that_no_file_may_hold_gets_no_key(name: str) -> None:
+    made = subprocess.run([sys.executable, "-m", "server.auth", name], capture_output=True, text=True, check=False)
+    assert (made.returncode, made.stdout) == (2, "")
+    assert made.stderr.startswith(f"server.auth: {name!r} cannot name a key")
+    assert len(made.stderr.splitlines()) == 1
 
 
 @pytest.mark.parametrize(
@@ -88,3 +97,43 @@ def test_quotas_refill_and_survive_a_reload(tmp_path: Path) -> None:
     assert 1 <= (caught.value.retry_after_s or 0) < 2
     time.sleep(0.25)  # 100 a second come back
     keys.identify("Bearer a").check_quota()
+
+
+def test_a_request_in_flight_charges_the_key_that_was_read_again(tmp_path: Path) -> None:
+    path = tmp_path / "keys.toml"
+    path.write_text(f'[keys.a]\nsha256 = "{hash_key("a")}"\nkv_token_seconds_per_minute = 6000\n')
+    keys = Keys(path)
+    in_flight = keys.identify("Bearer a")
+    path.write_text(f'[keys.a]\nsha256 = "{hash_key("b")}"\nkv_token_seconds_per_minute = 60\n')
+    keys.reload()
+    in_flight.charge(1e6)
+    with pytest.raises(ApiError) as caught:
+        keys.identify("Bearer b").check_quota()
+    assert caught.value.retry_after_s == pytest.approx(1e6 - 60, abs=5)  # a second gives one back
+
+
+def test_a_reload_keeps_what_has_come_back_since_the_last_request(tmp_path: Path) -> None:
+    path = tmp_path / "keys.toml"
+    path.write_text(f'[keys.a]\nsha256 = "{hash_key("a")}"\nkv_token_seconds_per_minute = 6000\n')
+    keys = Keys(path)
+    caller = keys.identify("Bearer a")
+    caller.charge(7000)
+    caller.updated_at -= 30  # 3000 come back
+    keys.reload()
+    keys.identify("Bearer a").check_quota()
+
+
+def test_a_quota_that_is_new_begins_full(tmp_path: Path) -> None:
+    path = tmp_path / "keys.toml"
+    entry = f'[keys.a]\nsha256 = "{hash_key("a")}"\n'
+    path.write_text(entry)
+    keys = Keys(path)
+    caller = keys.identify("Bearer a")
+    caller.charge(1e6)
+    path.write_text(entry + "kv_token_seconds_per_minute = 60\n")
+    keys.reload()
+    caller.charge(59)
+    caller.check_quota()
+    caller.charge(5)
+    with pytest.raises(ApiError, match="quota"):
+        caller.check_quota()

@@ -54,15 +54,17 @@ def _evaluate(reader: Reader, tokenizer: PreTrainedTokenizerBase, config: EvalCo
     if not config.data:
         raise UsageError("data: name held-out text to measure on; text the model was trained on proves nothing")
     started = time.monotonic()
-    ids, bos = preflight.encode(tokenizer, config.data), data.bos_ids(tokenizer)
+    (sources, ids), bos = preflight.encode(tokenizer, config.data), data.bos_ids(tokenizer)
     windows = perplexity.cut_windows(ids, bos, config.lengths, config.windows)
     with progress(f"{name}: perplexity", sum(window.numel() for window in windows.values())) as bar:
         scores, curve = perplexity.measure(reader, windows, bar)
     return Evaluation(
         name=name,
         perplexity=tuple(scores),
+        window_documents=tuple(sources[at] for at, _ in perplexity.places(ids, bos, max(config.lengths), config.windows)),
         by_position=curve,
         sliding=tuple(sliding.measure(reader, ids, bos, config.sliding, config.windows, name)) if config.sliding else (),
+        haystack=sources[max(range(len(ids)), key=lambda at: len(ids[at]))] if config.needle_samples else None,
         needles=tuple(retrieval.measure(reader, Haystack(tokenizer, ids, bos), config, name)) if config.needle_samples else (),
         tasks=tuple(_tasks(reader, tokenizer, config)),
         seconds=time.monotonic() - started,

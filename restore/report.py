@@ -279,11 +279,15 @@ def how(found: EvaluationReport) -> str:
     windows = found.config["windows"]
     slid = any(model.sliding for model in found.models)
     served = [f" {model.name}: as the server at {model.server} answered." for model in found.models if model.server]
+    cut, haystack = found.models[0].window_documents, found.models[0].haystack
+    origin = f", from {len(set(cut))} documents" if len(set(cut)) > 1 else f" ({cut[0]})" if cut else ""
+    hidden = f"a book ({haystack})" if haystack else "a book"
     return (
         f"Measured {found.created_at} with ard-serve {found.ard_serve_version} on {found.machine}, {found.config['dtype']}, "
         f"in {sum(model.seconds for model in found.models):.0f} s. Perplexity: {windows} windows of held-out text for each "
-        "length, over their last 1,024 tokens (half the window below 2,048); windows of every length end at the same places. "
-        "Needle: a six-digit number hidden in a book, right when it is the first number the model writes. "
+        f"length{origin}, over their last 1,024 tokens (half the window below 2,048); windows of every length end at the same "
+        "places. "
+        f"Needle: a six-digit number hidden in {hidden}, right when it is the first number the model writes. "
         f"{'Sliding: every token of whole documents, once. ' if slid else ''}"
         f"Short tasks{_items(found)} ± one standard error.{''.join(served)}"
     )

@@ -85,6 +85,7 @@ def test_logits_of_a_whole_window_never_exist(model: PreTrainedModel, monkeypatc
 def test_windows_of_every_length_end_at_the_same_tokens_inside_one_document() -> None:
     texts = documents(500, 90, 800)
     windows = perplexity.cut_windows(texts, [BOS], [50, 200], count=6)
+    drawn = [document for document, _ in perplexity.places(texts, [BOS], 200, count=6)]
     assert windows[50].shape == (6, 50)
     assert windows[200].shape == (6, 200)
     assert torch.equal(windows[50][:, 1:], windows[200][:, -49:])
@@ -96,6 +97,7 @@ def test_windows_of_every_length_end_at_the_same_tokens_inside_one_document() ->
         assert len(places) == 1
         ends.append(places[0])
     assert {document for document, _ in ends} == {0, 2}, "spread over the documents that are long enough"
+    assert drawn == [document for document, _ in ends]
     assert len(set(ends)) == 6
 
 

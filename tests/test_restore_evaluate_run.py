@@ -76,12 +76,17 @@ def test_an_export_is_measured_beside_native_and_stretched(base: Path, exported:
         assert set(models[name].scores.tasks) == {"sums"}
         assert set(models[name].scores.needle) == {512}
         assert len(models[name].sliding[0].nll) == 4, "every document"
+        assert len(models[name].window_documents) == 3
+        assert {Path(source).parent for source in models[name].window_documents} == {texts}
+        assert models[name].haystack == str(max(texts.iterdir(), key=lambda book: book.stat().st_size))
     assert {row.model for row in read(tmp_path / "out").comparisons} == {"stretched", "restored"}
     title = "perplexity, sliding over 128 tokens, long documents"
     page = (tmp_path / "out" / "report.html").read_text()
     assert "tokens served" in page or "Quality gate: failed" in page, "the figures are held to the default limits"
     assert title in {row.what for row in read(tmp_path / "out").comparisons}
-    assert f"| {title} | " in (tmp_path / "out" / "report.md").read_text()
+    report = (tmp_path / "out" / "report.md").read_text()
+    assert f"| {title} | " in report
+    assert f"hidden in a book ({models['native'].haystack})" in report
 
 
 @torch.no_grad()

@@ -32,19 +32,30 @@ def cut_windows(documents: Sequence[np.ndarray], bos: Sequence[int], lengths: Se
     Raises:
         DataError: no document is as long as the longest window.
     """
-    longest = max(lengths) - len(bos)
+    longest = max(lengths)
+    ends = places(documents, bos, longest, count)
+    return {length: torch.stack([_cut(documents[d], bos, end, length) for d, end in ends]) for length in lengths}
+
+
+def places(documents: Sequence[np.ndarray], bos: Sequence[int], length: int, count: int) -> list[tuple[int, int]]:
+    """Number and end of the document's part that each of `count` windows of `length` tokens holds, spread evenly.
+
+    Raises:
+        DataError: no document is as long as one.
+    """
+    longest = length - len(bos)
     room = np.array([max(0, len(ids) - longest + 1) for ids in documents])
     if not room.any():
         most = max((len(ids) for ids in documents), default=0)
         raise DataError(
-            f"the longest held-out document has {most} tokens, the longest window {max(lengths)}: "
+            f"the longest held-out document has {most} tokens, the longest window {length}: "
             "give a longer document or shorter --lengths"
         )
     ends = []
     for place in ((np.arange(count) + 0.5) / count * room.sum()).astype(int):
         document = int(np.searchsorted(room.cumsum(), place, side="right"))
         ends.append((document, longest + int(place - room[:document].sum())))
-    return {length: torch.stack([_cut(documents[d], bos, end, length) for d, end in ends]) for length in lengths}
+    return ends
 
 
 def _cut(ids: np.ndarray, bos: Sequence[int], end: int, length: int) -> Tensor:

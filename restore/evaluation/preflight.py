@@ -23,7 +23,7 @@ def check(tokenizer: "PreTrainedTokenizerBase", config: EvalConfig) -> None:
         config: what to measure, its lengths stated.
     """
     check_tasks(config)
-    documents = encode(tokenizer, config.data)
+    _, documents = encode(tokenizer, config.data)
     bos = data.bos_ids(tokenizer)
     perplexity.cut_windows(documents, bos, config.lengths, config.windows)
     if config.needle_samples:
@@ -38,7 +38,8 @@ def check_tasks(config: EvalConfig) -> None:
         harness.known(config.harness)
 
 
-def encode(tokenizer: "PreTrainedTokenizerBase", sources: Sequence[str]) -> list[np.ndarray]:
-    """Token ids of every document, without the tokenizer's own additions."""
-    texts = [document.text for document in data.read_documents(sources)]
-    return [np.array(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]) for text in texts]
+def encode(tokenizer: "PreTrainedTokenizerBase", sources: Sequence[str]) -> tuple[list[str], list[np.ndarray]]:
+    """Where every document came from, and its token ids without the tokenizer's own additions."""
+    texts = data.read_documents(sources)
+    ids = [np.array(tokenizer(each.text, add_special_tokens=False, verbose=False)["input_ids"]) for each in texts]
+    return [each.source for each in texts], ids

@@ -102,8 +102,10 @@ class Evaluation(_Record):
     name: str
     server: str | None = Field(None, description="URL of the server that was asked, where the model was not loaded")
     perplexity: tuple[PerplexityScore, ...] = ()
+    window_documents: tuple[str, ...] = Field((), description="the document that each perplexity window was cut from")
     by_position: PositionCurve | None = None
     sliding: tuple[SlidingScore, ...] = ()
+    haystack: str | None = Field(None, description="the document that needles were hidden in, the longest one")
     needles: tuple[NeedleScore, ...] = ()
     tasks: tuple[TaskScore, ...] = ()
     seconds: float = 0.0

@@ -57,12 +57,13 @@ def _attached(
 ) -> tuple[Pool, tuple[Attachment, ...]]:
     config, ledgers = plan.config, [Ledger() for _ in plan.config.attach]
     admission = Admission(ledgers, rules, config.queue_size, config.queue_timeout_s)
-    keepers = []
-    for number, (url, ledger) in enumerate(zip(config.attach, ledgers, strict=True)):
-        upstream = Upstream(url, os.environ.get(ENGINE_KEY, ""))
-        watch = Watch(str(number), config, upstream, plan.checkpoint.window, ledger, admission, metrics, checked)
-        keepers.append(Attachment(config, url, watch))
-    return Pool(profile, [keeper.watch for keeper in keepers], admission), tuple(keepers)
+    upstreams = [Upstream(url, os.environ.get(ENGINE_KEY, "")) for url in config.attach]
+    watches = [
+        Watch(str(number), config, upstream, plan.checkpoint.window, ledger, admission, metrics, checked)
+        for number, (upstream, ledger) in enumerate(zip(upstreams, ledgers, strict=True))
+    ]
+    keepers = tuple(Attachment(config, url, watch, watches) for url, watch in zip(config.attach, watches, strict=True))
+    return Pool(profile, watches, admission), keepers
 
 
 def _supervised(

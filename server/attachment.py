@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 from ard_serve.errors import UsageError
@@ -17,29 +18,33 @@ _ASK_TIMEOUT_S = 5
 
 
 class Attachment:
-    """Waits for the engine at `url`, one of `--attach`, again after each of its absences."""
+    """Waits for the engine at `url`, one of `--attach`, again after each of its absences; `watches` are those of all."""
 
-    def __init__(self, config: ServeConfig, url: str, watch: Watch) -> None:
-        self._config, self._url, self.watch = config, url, watch
+    def __init__(self, config: ServeConfig, url: str, watch: Watch, watches: Sequence[Watch]) -> None:
+        self._config, self._url, self.watch, self._watches = config, url, watch, watches
 
     async def run(self) -> None:
         """Follow the engine until cancelled.
 
         Raises:
-            UsageError: when first met it wants another key, or serves another model or a shorter window than ours.
+            UsageError: it wants another key, or serves another model or a shorter window than ours, and no engine of
+                `watches` has been ready yet.
         """
+        told = ""
         while True:
             self.watch.health.loading(f"waiting for the engine at {self._url}")
             try:
                 await self._until_it_answers()
-                problem = await self.watch.run()
+                problem, told = await self.watch.run(), ""
             except UsageError as error:
-                if not self.watch.health.was_ready:
+                if not any(watch.health.was_ready for watch in self._watches):
                     raise
-                problem = str(error)  # it was the right one once: the others go on, and it may come back
+                problem = str(error)  # who is served goes on being served, and it may become the right one
                 await asyncio.sleep(self._config.restart_backoff_s)
             self.watch.down(problem)
-            log.error("engine at %s: %s", self._url, problem)
+            if problem != told:
+                log.error("engine at %s: %s", self._url, problem)
+            told = problem
 
     async def stop(self, _grace_s: float) -> None:
         """Leave the engine alone: it is not ours."""

@@ -13,6 +13,7 @@ from server.watch import Watch
 log = logging.getLogger("server.supervisor")
 
 _RESTART_WINDOW_S = 600
+_LONGEST_BACKOFF_S = 60
 _LAST_WORDS_S = 0.2
 
 
@@ -52,7 +53,8 @@ class Supervisor:
                     f"the engine died {len(deaths)} times in {(deaths[-1] - deaths[0]) / 60:.0f} minutes, the limit is "
                     f"{self._config.max_restarts} restarts (--max-restarts); last: {problem}"
                 )
-            backoff_s = self._config.restart_backoff_s * 2 ** (len(deaths) - 1)
+            first_s = self._config.restart_backoff_s
+            backoff_s = min(first_s * 2 ** min(len(deaths) - 1, 10), max(first_s, _LONGEST_BACKOFF_S))
             log.error("engine %s down: %s; restart %d in %.1f s", self.watch.name, problem, len(deaths), backoff_s)
             self.watch.metrics.restarts.labels(self.watch.name).inc()
             await asyncio.sleep(backoff_s)

@@ -65,7 +65,8 @@ class FakeEngine:
             names = ("CompletionRequest", "ChatCompletionRequest", "ResponsesRequest")
             return reply(writer, 200, {"components": {"schemas": dict.fromkeys(names, schema)}})
         if path == "/v1/models":
-            return reply(writer, 200, {"data": [{"id": "tiny", "max_model_len": self.script.get("window", 512)}]})
+            name = self.script.get("model", "tiny")
+            return reply(writer, 200, {"data": [{"id": name, "max_model_len": self.script.get("window", 512)}]})
         if path == "/metrics":
             blocks = self.script.get("blocks", 65)
             text = f'vllm:cache_config_info{{num_gpu_blocks="{blocks}",block_size="16"}} 1.0\n'

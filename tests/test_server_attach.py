@@ -119,6 +119,23 @@ def test_of_two_attached_engines_one_is_lost_and_the_other_goes_on(start: StartG
         assert (starts(logs[0]), starts(logs[1])) == (2, 7)
 
 
+@pytest.mark.parametrize("script", ['{"window": 256}', '{"model": "other"}'])
+def test_a_wrong_engine_that_comes_late_is_kept_out_and_others_go_on(start: StartGateway, tmp_path: Path, script: str) -> None:
+    ports, late = (free_port(), free_port()), tmp_path / "late"
+    with running_engine(FAKE_ENGINE, ports[0], tmp_path / "first"):
+        urls = [f"http://127.0.0.1:{port}" for port in ports]
+        gateway = start(environment={"ARD_ENGINE_KEY": ENGINE_KEY}, attach=urls).until_ready()
+        with running_engine(FAKE_ENGINE, ports[1], late, script):
+            said = f"engine at {urls[1]}: {urls[1]} "
+            wait_for(lambda: said in gateway.stderr)
+            assert [complete(gateway).status_code for _ in range(5)] == [200] * 5
+            assert (gateway.metric("ard_ready"), starts(late)) == (1, 0)
+            assert gateway.stderr.count(said) == 1
+        with running_engine(FAKE_ENGINE, ports[1], late):
+            wait_for(lambda: gateway.metric("ard_ready") == 2)
+        assert gateway.stop() == 0
+
+
 def test_the_metrics_of_two_engines_are_one_valid_scrape(start: StartGateway, tmp_path: Path) -> None:
     ports = (free_port(), free_port())
     with running_engine(FAKE_ENGINE, ports[0], tmp_path / "a"), running_engine(FAKE_ENGINE, ports[1], tmp_path / "b"):

@@ -48,13 +48,13 @@ class StubWatch:
         self.health.down(problem)
 
 
-def make(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, watch: StubWatch) -> Supervisor:
+def make(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, watch: StubWatch, **fields: float) -> Supervisor:
     async def start(_spec: EngineSpec) -> StubEngine:
         return StubEngine()
 
     monkeypatch.setattr(supervisor, "Engine", SimpleNamespace(start=start))
     monkeypatch.setattr(supervisor, "_RESTART_WINDOW_S", 0)  # each start takes longer than the window
-    config = ServeConfig(model=tmp_path, max_restarts=2, restart_backoff_s=0.001)
+    config = ServeConfig.model_validate({"model": tmp_path, "max_restarts": 2, "restart_backoff_s": 0.001, **fields})
     return Supervisor(config, EngineSpec((), {}, tmp_path / "socket"), cast(Watch, cast(Any, watch)))
 
 
@@ -74,3 +74,19 @@ async def test_an_engine_that_never_loads_is_given_up_with_the_end_of_its_log(
         EngineDiedError, match="never became ready: not loaded within 9 s; last in its log: loading shard 3 of 9"
     ):
         await make(monkeypatch, tmp_path, StubWatch(lives=0)).run()
+
+
+@pytest.mark.fault("S4")
+async def test_the_pause_before_a_restart_grows_to_a_minute_and_no_further(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    pauses: list[float] = []
+
+    async def sleep(seconds: float) -> None:
+        pauses.append(seconds)
+
+    supervised = make(monkeypatch, tmp_path, StubWatch(lives=1), max_restarts=12, restart_backoff_s=1)
+    monkeypatch.setattr(supervisor, "asyncio", SimpleNamespace(**{**vars(asyncio), "sleep": sleep}))
+    with pytest.raises(EngineDiedError, match="limit is 12 restarts"):
+        await supervised.run()
+    assert pauses == [1, 2, 4, 8, 16, 32] + [60] * 6

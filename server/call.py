@@ -11,9 +11,12 @@ from server.errors import ApiError, bad_request
 
 _MAX_DEPTH = 64
 _MAX_REPEATS = 10_000
+_MAX_REPEAT_DIGITS = 9  # more are over the limit whatever they say, and of thousands Python makes no int
+_TOOLS_PER_SCHEMA = 16  # all tools together may take so many times one schema's size: an agent brings dozens
 _SURROGATE_ESCAPE = re.compile(rb"\\u[dD][89a-fA-F]")
 _INTEGER_LIMITS = {"maxLength", "minLength", "maxItems", "minItems", "maxProperties", "minProperties"}
-_REPEAT = re.compile(r"\{(\d*),?(\d*)\}")
+# With spaces, as EBNF allows. Possessive (+): a brace that never closes must not be tried with every part of its digits.
+_REPEAT = re.compile(r"\{\s*+(\d*+)\s*+(?:,\s*+(\d*+)\s*+)?\}")
 
 # Parameters of vLLM that reach past the request: other tenants' cache, the engine's transfers, unpickled tensors, scheduling.
 REFUSED = frozenset(
@@ -23,7 +26,7 @@ REFUSED = frozenset(
         *("previous_response_id", "background"),
     }
 )
-_TEXT_PARTS = frozenset({"text", "input_text", "output_text", "refusal", "thinking"})
+TEXT_PARTS = ("text", "input_text", "output_text", "refusal", "thinking", "reasoning_text")  # no set: a client's type may have no hash
 
 
 @dataclass(frozen=True)
@@ -115,6 +118,12 @@ def parse(body: bytes, kind: Kind, limits: CallLimits, known: frozenset[str], mo
     stream = _boolean(fields, "stream")
     _check_sampling(fields, limits)
     n = max(_integer(fields, "n", 1, limits.max_n) or 1, _integer(fields, "best_of", 1, limits.max_n) or 1)
+    if n * prompts > limits.max_n:
+        raise bad_request(
+            f"n x prompts = {n} x {prompts} is over the limit of {limits.max_n} sequences a request; send fewer prompts at a "
+            "time, or start the server with a larger --max-n",
+            kind.prompt,
+        )
     max_tokens = _max_tokens(fields, kind, limits)
     if n * prompts * (max_tokens or 1) > limits.max_generated_tokens:
         raise bad_request(
@@ -206,12 +215,24 @@ def _check_content(prompt: Any, kind: Kind) -> None:
     if not isinstance(prompt, list) or not prompt or not all(isinstance(message, dict) for message in prompt):
         raise bad_request(f"{kind.prompt} must be a list of messages, and not empty", kind.prompt)
     for index, message in enumerate(prompt):
-        content = message.get("content")
-        for part in content if isinstance(content, list) else ():
-            part_type = part.get("type") if isinstance(part, dict) else None
-            if part_type not in _TEXT_PARTS and not isinstance(part, str):
-                where = f"{kind.prompt}[{index}].content"
-                raise bad_request(f"{where}: type {str(part_type)[:40]!r} is refused, only text is served", where)
+        where = f"{kind.prompt}[{index}]"
+        if not isinstance(message.get("role", None if kind is CHAT else ""), str):  # Responses' tool outputs have no role
+            raise bad_request(f"{where}.role must be a string", f"{where}.role")
+        for name in ("content", "output"):
+            _check_texts(message.get(name), f"{where}.{name}")
+
+
+def _check_texts(content: Any, where: str) -> None:
+    if content is not None and not isinstance(content, (str, list)):
+        raise bad_request(f"{where} must be a string, a list of parts, or null", where)
+    for part in content if isinstance(content, list) else ():
+        if isinstance(part, str):
+            continue
+        part_type = part.get("type") if isinstance(part, dict) else None
+        if part_type not in TEXT_PARTS:
+            raise bad_request(f"{where}: type {str(part_type)[:40]!r} is refused, only text is served", where)
+        if part.get("uuid") is not None:  # vLLM takes such a part for the image whose URL it may hold, whatever its type
+            raise bad_request(f"{where}: a part with a uuid is refused, only text is served; remove it", where)
 
 
 def _boolean(fields: dict[str, Any], name: str) -> bool:
@@ -254,10 +275,12 @@ def _check_structured_output(fields: dict[str, Any], limits: CallLimits) -> None
         if value is None:
             continue
         size_bytes = len(json.dumps(value))
-        if size_bytes > limits.max_schema_bytes:
-            raise bad_request(f"{name} is {size_bytes} bytes; the limit is {limits.max_schema_bytes}", name)
-        if (repeats := max(_repeats(value), default=0)) > _MAX_REPEATS:
-            raise bad_request(f"{name} asks for {repeats} repetitions; the limit is {_MAX_REPEATS}", name)
+        limit_bytes = limits.max_schema_bytes * (_TOOLS_PER_SCHEMA if name == "tools" else 1)
+        if size_bytes > limit_bytes:
+            remedy = f"{'send fewer or shorter ones' if name == 'tools' else 'shorten it'}, or start the server with a larger"
+            raise bad_request(f"{name} is {size_bytes} bytes; the limit is {limit_bytes}; {remedy} --max-schema-bytes", name)
+        if any(repeats > _MAX_REPEATS for repeats in _repeats(value)):
+            raise bad_request(f"{name} asks for more than {_MAX_REPEATS} repetitions, the limit; ask for fewer", name)
         if name in ("response_format", "structured_outputs") and value != {"type": "text"} and fields.get("ignore_eos"):
             raise bad_request(f"ignore_eos does not go with {name}, whose grammar says where to end; remove one", "ignore_eos")
 
@@ -266,11 +289,15 @@ def _repeats(node: Any) -> Iterator[int]:
     """Every bound that a grammar compiler would unroll: a schema's length limits, a pattern's {m,n} multiplied."""
     if isinstance(node, str):
         product = 1
-        for low, high in _REPEAT.findall(node):
-            product *= max(1, int(low or 0), int(high or 0))
+        for bounds in _REPEAT.findall(node):
+            product = min(product * max(1, *map(_bound, bounds)), _MAX_REPEATS + 1)
         yield product
     elif isinstance(node, dict):
         yield from (value for key, value in node.items() if key in _INTEGER_LIMITS and type(value) is int)
         yield from (bound for value in node.values() for bound in _repeats(value))
     elif isinstance(node, list):
         yield from (bound for value in node for bound in _repeats(value))
+
+
+def _bound(digits: str) -> int:
+    return int(digits or 0) if len(digits) <= _MAX_REPEAT_DIGITS else _MAX_REPEATS + 1

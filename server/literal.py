@@ -1,4 +1,4 @@
-"""Control tokens that a user types in a message stay text: `<|im_end|>` must not end the user's turn.
+"""Control tokens that a user types, or that stand in what a tool has fetched, stay text: `<|im_end|>` must not end a turn.
 
 vLLM encodes a rendered chat with every special token active, and only the template is meant to write those. A word joiner
 (U+2060, invisible) after the first character of a typed one makes the tokenizer see ordinary characters.
@@ -14,7 +14,7 @@ from typing import Any
 from server.call import COMPLETION, Call
 
 _JOINER = "\u2060"
-_UNTRUSTED_ROLES = frozenset({"user", "tool", "function"})
+_TRUSTED_ROLES = ("system", "developer", "assistant")  # written by the client's own program or by the model
 
 
 def control_tokens(folder: Path) -> tuple[str, ...]:
@@ -40,28 +40,25 @@ class Literal:
 
     def clean(self, call: Call) -> Call:
         """The call, with typed control tokens made literal. Raw completions are the client's own template: untouched."""
-        messages = call.fields[call.kind.prompt]
         if self._pattern is None or call.kind is COMPLETION:
             return call
-        cleaned = self._text(messages) if isinstance(messages, str) else [self._message(message) for message in messages]
-        if cleaned == messages:
-            return call
-        fields = call.fields | {call.kind.prompt: cleaned}
-        return replace(call, fields=fields, body=json.dumps(fields).encode())
+        name, prompt = call.kind.prompt, call.fields[call.kind.prompt]
+        cleaned = {name: self._literal(prompt) if isinstance(prompt, str) else [self._message(message) for message in prompt]}
+        if "documents" in call.fields:
+            cleaned["documents"] = self._literal(call.fields["documents"])
+        fields = call.fields | cleaned
+        return call if fields == call.fields else replace(call, fields=fields, body=json.dumps(fields).encode())
 
-    def _message(self, message: dict[str, Any]) -> dict[str, Any]:
-        content = message.get("content")
-        if message.get("role") not in _UNTRUSTED_ROLES or not content:
-            return message
-        if isinstance(content, str):
-            return message | {"content": self._text(content)}
-        return message | {"content": [self._part(part) for part in content]}
+    def _message(self, message: dict[str, Any]) -> Any:
+        """vLLM takes an item with an output for a tool's, whatever role it states."""
+        is_trusted = message.get("role") in _TRUSTED_ROLES and "output" not in message
+        return message if is_trusted else self._literal(message)
 
-    def _part(self, part: Any) -> Any:
-        if isinstance(part, str):
-            return self._text(part)
-        return part | {"text": self._text(part["text"])} if isinstance(part.get("text"), str) else part
-
-    def _text(self, text: str) -> str:
-        assert self._pattern is not None
-        return self._pattern.sub(lambda found: found[0][0] + _JOINER + found[0][1:], text)
+    def _literal(self, node: Any) -> Any:
+        """Every text in it, whatever its field: templates and vLLM's own readers differ in which they write."""
+        if isinstance(node, str):
+            assert self._pattern is not None
+            return self._pattern.sub(lambda found: found[0][0] + _JOINER + found[0][1:], node)
+        if isinstance(node, dict):
+            return {name: self._literal(value) for name, value in node.items()}
+        return [self._literal(child) for child in node] if isinstance(node, list) else node

@@ -4,18 +4,18 @@ from collections.abc import Mapping
 from typing import Any
 
 import ard_serve
-from server.call import CHAT, COMPLETION, KINDS, REFUSED, RESPONSES, CallLimits, Kind
+from server.call import CHAT, COMPLETION, KINDS, REFUSED, TEXT_PARTS, CallLimits, Kind
 
 Schema = dict[str, Any]
 
 _INTEGERS: Schema = {"type": "array", "items": {"type": "integer"}, "minItems": 1}
-_STRINGS: Schema = {"type": "array", "items": {"type": "string"}, "minItems": 1}
-_MESSAGES: Schema = {"type": "array", "items": {"type": "object"}, "minItems": 1}
-_PROMPTS: dict[Kind, Schema] = {
-    COMPLETION: {"anyOf": [{"type": "string"}, _STRINGS, _INTEGERS, {"type": "array", "items": _INTEGERS, "minItems": 1}]},
-    CHAT: _MESSAGES,
-    RESPONSES: {"anyOf": [{"type": "string"}, _MESSAGES]},
+_PART: Schema = {
+    "type": "object",
+    "required": ["type"],
+    "properties": {"type": {"enum": list(TEXT_PARTS)}, "uuid": {"type": "null"}},
 }
+_CONTENT: Schema = {"anyOf": [{"type": ["string", "null"]}, {"type": "array", "items": {"anyOf": [{"type": "string"}, _PART]}}]}
+_MESSAGE: Schema = {"type": "object", "properties": {"role": {"type": "string"}, "content": _CONTENT, "output": _CONTENT}}
 _NUMBERS = ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty")
 _ERROR: Schema = {
     "type": "object",
@@ -120,7 +120,7 @@ def _request(kind: Kind, limits: CallLimits, known: frozenset[str]) -> Schema:
     """What `call.parse` looks at; other fields of the engine go to it as they are."""
     logprobs = _integer(0, limits.max_logprobs)
     checked: Schema = {
-        kind.prompt: _PROMPTS[kind],
+        kind.prompt: _prompt(kind, limits),
         "model": {"type": ["string", "null"]},
         "stream": {"type": ["boolean", "null"]},
         "n": _integer(1, limits.max_n),
@@ -137,6 +137,16 @@ def _request(kind: Kind, limits: CallLimits, known: frozenset[str]) -> Schema:
     names = known or checked.keys()
     properties = {name: checked.get(name, {}) for name in sorted(names)}
     return {"type": "object", "required": [kind.prompt], "properties": properties, "additionalProperties": not known}
+
+
+def _prompt(kind: Kind, limits: CallLimits) -> Schema:
+    text: Schema = {"type": "string"}
+    if kind is COMPLETION:
+        several: Schema = {"type": "array", "minItems": 1, "maxItems": limits.max_n}
+        return {"anyOf": [text, _INTEGERS, several | {"items": text}, several | {"items": _INTEGERS}]}
+    if kind is CHAT:
+        return {"type": "array", "items": _MESSAGE | {"required": ["role"]}, "minItems": 1}
+    return {"anyOf": [text, {"type": "array", "items": _MESSAGE, "minItems": 1}]}
 
 
 def _integer(low: int, high: int) -> Schema:

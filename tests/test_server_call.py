@@ -1,6 +1,8 @@
 """What a body's bytes say before anything is asked of an engine."""
 
 import json
+import time
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,12 +11,13 @@ from server.call import COMPLETION, Call, CallLimits, parse
 from server.errors import ApiError
 
 LIMITS = CallLimits(
-    window=100, measured=None, max_n=2, max_generated_tokens=100, default_max_tokens=10, max_logprobs=5, max_schema_bytes=100
+    window=100, measured=None, max_n=80, max_generated_tokens=100, default_max_tokens=10, max_logprobs=5, max_schema_bytes=100
 )
 
 
-def parsed(prompt: Any) -> Call:
-    return parse(json.dumps({"prompt": prompt, "max_tokens": 1}).encode(), COMPLETION, LIMITS, frozenset(), "model")
+def parsed(prompt: Any, limits: CallLimits = LIMITS, **fields: Any) -> Call:
+    body = {"prompt": prompt, "max_tokens": 1, **fields}
+    return parse(json.dumps(body).encode(), COMPLETION, limits, frozenset(), "model")
 
 
 @pytest.mark.parametrize(
@@ -41,3 +44,33 @@ def test_a_prompt_of_another_shape_is_refused(prompt: Any) -> None:
     with pytest.raises(ApiError) as caught:
         parsed(prompt)
     assert (caught.value.status, caught.value.param) == (400, "prompt")
+
+
+@pytest.mark.parametrize(("fields", "sequences"), [({}, 81), ({"n": 2}, 41), ({"best_of": 80}, 2)], ids=str)
+def test_prompts_are_bounded_together_with_n(fields: dict[str, Any], sequences: int) -> None:
+    limits = replace(LIMITS, max_generated_tokens=10_000)
+    assert parsed(["x"] * (sequences - 1), limits, **fields).prompts == sequences - 1
+    with pytest.raises(ApiError, match=r"limit of 80 sequences .* fewer prompts .* --max-n") as caught:
+        parsed(["x"] * sequences, limits, **fields)
+    assert (caught.value.status, caught.value.param) == (400, "prompt")
+
+
+def test_tools_together_may_be_larger_than_one_schema_and_too_large_ones_are_told_what_to_do() -> None:
+    tool = {"type": "function", "function": {"name": "f"}}
+    assert parsed("x", tools=[tool] * 10)
+    with pytest.raises(ApiError, match=r"the limit is 1600; send fewer or shorter ones, .* --max-schema-bytes") as caught:
+        parsed("x", tools=[tool] * 40)
+    assert caught.value.param == "tools"
+    with pytest.raises(ApiError, match=r"the limit is 100; shorten it, .* --max-schema-bytes"):
+        parsed("x", response_format={"a": "x" * 100})
+
+
+@pytest.mark.timing
+@pytest.mark.fault("S18")
+@pytest.mark.parametrize(
+    "regex", ["a{" + "1" * 16_000, "a{" + " " * 16_000, "a{1," * 4_000], ids=["digits", "spaces", "braces"]
+)
+def test_a_brace_that_never_closes_takes_no_time(regex: str) -> None:
+    started = time.monotonic()
+    parsed("x", replace(LIMITS, max_schema_bytes=16_384), structured_outputs={"regex": regex})
+    assert time.monotonic() - started < 0.05

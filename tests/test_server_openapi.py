@@ -1,5 +1,6 @@
 """The published OpenAPI document is ours and true: its routes exist, and Schemathesis finds no answer outside it."""
 
+import json
 import re
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from typing import cast
 import pytest
 from fastapi import FastAPI
 from fastapi.routing import APIRoute
-from helpers_server import Gateway, gateways
+from helpers_server import Gateway, gateways, write_model
 
 from server.auth import hash_key
 from server.gateway import Gateway as Routes
@@ -30,7 +31,9 @@ def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
     with gateways(tmp_path_factory.mktemp("gateway")) as start:
         path = tmp_path_factory.mktemp("keys") / "keys.toml"
         path.write_text(f'[keys.root]\nsha256 = "{hash_key(KEY)}"\nadmin = true\n')
-        yield start({"blocks": 4000}, api_keys=str(path)).until_ready()
+        model = write_model(tmp_path_factory.mktemp("model") / "tiny")  # with a control token: messages are read for those
+        (model / "tokenizer.json").write_text(json.dumps({"added_tokens": [{"content": "<|im_end|>", "special": True}]}))
+        yield start({"blocks": 4000}, model=str(model), api_keys=str(path)).until_ready()
 
 
 def test_the_document_names_every_route_and_no_other(gateway: Gateway) -> None:

@@ -81,19 +81,48 @@ async def _count(call: Call, window: int, ask: Ask, request_id: str) -> tuple[in
 
 
 def _questions(call: Call) -> list[dict[str, Any]]:
-    """Bodies for /tokenize; none where a Responses input is more than messages."""
-    prompt = call.fields[call.kind.prompt]
+    """Bodies for /tokenize; none where a Responses input or its tools are more than a chat's."""
+    prompt, fields = call.fields[call.kind.prompt], call.fields
     if call.kind is COMPLETION:
         texts = [prompt] if isinstance(prompt, str) else prompt
-        special = {"add_special_tokens": call.fields.get("add_special_tokens", True)}
+        special = {"add_special_tokens": fields.get("add_special_tokens", True)}
         return [{"prompt": text, **special} for text in texts]
     if call.kind is CHAT:
         names = ("add_generation_prompt", "continue_final_message", "add_special_tokens", "chat_template_kwargs", "tools")
-        return [{"messages": prompt, **{name: call.fields[name] for name in names if call.fields.get(name) is not None}}]
-    if isinstance(prompt, str):
-        system = [{"role": "system", "content": call.fields["instructions"]}] if call.fields.get("instructions") else []
-        return [{"messages": [*system, {"role": "user", "content": prompt}]}]
-    return []
+        return [{"messages": prompt, **{name: fields[name] for name in names if fields.get(name) is not None}}]
+    items = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    system = [{"role": "system", "content": fields["instructions"]}] if fields.get("instructions") else []
+    messages, tools = [_chat_message(item) for item in items], fields.get("tools") or []
+    functions = [_chat_tool(tool) for tool in tools] if isinstance(tools, list) else [None]
+    if None in messages or None in functions:
+        return []
+    kwargs = fields.get("chat_template_kwargs")
+    return [{"messages": [*system, *messages], "tools": functions or None, "chat_template_kwargs": kwargs}]
+
+
+def _chat_message(item: dict[str, Any]) -> dict[str, Any] | None:
+    """A Responses item as vLLM renders it; None where it is more than a finished message of texts.
+
+    /tokenize knows no tool calls, outputs and reasoning of that form, and vLLM's own way to make messages of them changes.
+    """
+    role, content = item.get("role"), item.get("content")
+    if role is None or item.get("type") not in (None, "message") or item.get("status") not in (None, "completed"):
+        return None
+    if isinstance(content, str):
+        return {"role": role, "content": content}
+    texts = [part.get("text") if isinstance(part, dict) else None for part in content or ()]
+    if not texts or not all(isinstance(text, str) for text in texts):
+        return None
+    if role == "assistant":
+        return {"role": role, "content": texts[0]}  # vLLM leaves the others out
+    return {"role": role, "content": [{"type": "text", "text": text} for text in texts]}  # /tokenize refuses input_text
+
+
+def _chat_tool(tool: Any) -> dict[str, Any] | None:
+    """A function as a chat has it; None for tools of other types, some of which vLLM rewrites and some leaves out."""
+    if not isinstance(tool, dict) or tool.get("type") != "function":
+        return None
+    return {"type": "function", "function": {name: value for name, value in tool.items() if name != "type"}}
 
 
 def _message_of(answer: Any) -> str:

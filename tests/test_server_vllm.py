@@ -167,6 +167,25 @@ def test_a_control_token_typed_by_a_user_stays_text(client: openai.OpenAI, gatew
     assert prompt_tokens("a<|im_end|>") - prompt_tokens("a") == len("<\u2060|im_end|>".encode())
 
 
+def test_a_list_of_response_items_is_counted_exactly(client: openai.OpenAI, gateway: Gateway) -> None:
+    """The access log's count, made before the engine read the prompt, is the engine's own, and not the body's bytes."""
+    answer = client.responses.with_raw_response.create(
+        model="tiny",
+        instructions="be brief",
+        input=[
+            {"role": "user", "content": [{"type": "input_text", "text": "x" * 700}, {"type": "input_text", "text": "y" * 300}]},
+            {"role": "assistant", "content": "z" * 200},
+            {"role": "user", "content": "and?"},
+        ],
+        tools=[{"type": "function", "name": "f", "parameters": {"type": "object", "properties": {}}, "strict": True}],
+        max_output_tokens=4,
+    )
+    usage = answer.parse().usage
+    assert usage is not None
+    (line,) = [line for line in gateway.stderr.splitlines() if answer.headers["x-request-id"] in line]
+    assert f'"prompt_tokens": {usage.input_tokens},' in line
+
+
 @pytest.mark.timing
 def test_a_plan_counts_exactly_and_costs_no_prefill(gateway: Gateway) -> None:
     before = engine_metric(gateway, "vllm:request_success_total")

@@ -9,13 +9,16 @@ from typing import Any
 
 import psutil
 
-from ard_serve.errors import ResourceError
+from ard_serve.errors import ResourceError, UsageError
 from server.config import ServeConfig
 from server.preflight import Checkpoint, head_dim, kv_heads
 
 _GIB = 1 << 30
 _CPU_SPACE = "VLLM_CPU_KVCACHE_SPACE"
-_DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+_DTYPE_BYTES = {"float32": 4, "float": 4, "float16": 2, "half": 2, "bfloat16": 2}
+_FLOATS = ("F32", "F16", "BF16")
+_SHORT_NAMES = {"-tp": "--tensor-parallel-size", "-pp": "--pipeline-parallel-size", "-n": "--nnodes"}
+_NVIDIA_SMI_TIMEOUT_S = 30
 _GPU_SHARE = 0.92  # vLLM's default for --gpu-memory-utilization
 _SHORT_SHARE = 0.25  # of the restored model's KV cache, for the native one beside it
 _GPU_OVERHEAD_BYTES = 2 * _GIB  # activations and CUDA graphs, measured generously
@@ -52,11 +55,18 @@ class Plan:
 
 
 def gpu_memory_bytes() -> tuple[int, ...]:
-    """Total memory of each NVIDIA GPU; empty where there is none."""
+    """Total memory of each NVIDIA GPU; empty where there is none.
+
+    Raises:
+        ResourceError: the driver hangs.
+    """
     if not (tool := shutil.which("nvidia-smi")):
         return ()
     query = [tool, "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
-    answer = subprocess.run(query, capture_output=True, text=True, timeout=30, check=False)
+    try:
+        answer = subprocess.run(query, capture_output=True, text=True, timeout=_NVIDIA_SMI_TIMEOUT_S, check=False)
+    except subprocess.TimeoutExpired:
+        raise ResourceError(f"{tool} did not answer within {_NVIDIA_SMI_TIMEOUT_S} s; the GPU's driver hangs") from None
     return tuple(int(line) << 20 for line in answer.stdout.split() if line.isdigit())
 
 
@@ -75,16 +85,16 @@ def split(
     """The settings of two engines on one memory: each with its KV cache said, on a GPU with its share of the memory too.
 
     Raises:
+        UsageError: a flag of the engine's that cannot be.
         ResourceError: weights and KV caches of both do not fit together; names the flags.
     """
-    ranks = _ranks(config.engine_args)
-    weights = [_weight_bytes(checkpoint) // ranks for checkpoint in (main, native)]
+    ranks = _ranks(config.engine_args, gpus)
+    weights = [_weight_bytes(checkpoint, config.engine_args) // ranks for checkpoint in (main, native)]
     if gpus:
-        share = float(_option(config.engine_args, "--gpu-memory-utilization") or _GPU_SHARE)
-        room = int(min(gpus) * share) - 2 * _GPU_OVERHEAD_BYTES - sum(weights)
+        room = int(min(gpus) * _gpu_share(config.engine_args)) - 2 * _GPU_OVERHEAD_BYTES - sum(weights)
     else:
         room = psutil.virtual_memory().available - sum(weights)
-    told_bytes = kv_cache_bytes(config, bool(gpus)) or (None if gpus else int(os.environ[_CPU_SPACE]) * _GIB)
+    told_bytes = kv_cache_bytes(config, bool(gpus)) or (None if gpus else _cpu_space_bytes())
     short_bytes = int((config.profile_short_kv_gib or 0) * _GIB) or int(
         told_bytes * _SHORT_SHARE if told_bytes else room * _SHORT_SHARE / (1 + _SHORT_SHARE)
     )
@@ -105,29 +115,27 @@ def split(
 
 
 def plan(checkpoint: Checkpoint, gpus: tuple[int, ...], told_bytes: int | None, engine_args: tuple[str, ...]) -> Plan:
-    """Compute what fits from config.json, the tensors' headers and the memory that is there.
+    """Compute what fits from config.json, the tensors' headers and the memory that is there; `told_bytes` are each rank's.
 
     Raises:
+        UsageError: a flag of the engine's that cannot be.
         ResourceError: one request of the whole window does not fit; names the flag and the value that would.
     """
-    config = checkpoint.config
-    weight_bytes = _weight_bytes(checkpoint)
-    per_token = kv_bytes_per_token(config, _option(engine_args, "--kv-cache-dtype"))
-    if told_bytes:
-        kv_bytes = told_bytes
-    elif gpus:
-        ranks = _ranks(engine_args)
-        share = float(_option(engine_args, "--gpu-memory-utilization") or _GPU_SHARE)
-        kv_bytes = int(ranks * (min(gpus) * share - _GPU_OVERHEAD_BYTES)) - weight_bytes
+    ranks = _ranks(engine_args, gpus)
+    weight_bytes = _weight_bytes(checkpoint, engine_args)
+    cache_dtype, dtype = (_option(engine_args, flag) for flag in ("--kv-cache-dtype", "--dtype"))
+    per_token = kv_bytes_per_token(checkpoint.config, cache_dtype, dtype)
+    if gpus and not told_bytes:
+        kv_bytes = int(ranks * (min(gpus) * _gpu_share(engine_args) - _GPU_OVERHEAD_BYTES)) - weight_bytes
     else:
-        kv_bytes = int(os.environ[_CPU_SPACE]) * _GIB
+        kv_bytes = ranks * (told_bytes or _cpu_space_bytes())
     result = Plan(weight_bytes, per_token, kv_bytes)
     if (fits := max(0, kv_bytes) // per_token) < checkpoint.window:
         need_gib = checkpoint.window * per_token / _GIB
         remedy = (
             "--tensor-parallel-size or --kv-cache-dtype fp8 after --"
             if gpus and not told_bytes
-            else f"--kv-cache-gib {need_gib:.2f}"
+            else f"--kv-cache-gib {need_gib / ranks:.2f}"
         )
         raise ResourceError(
             f"a window of {checkpoint.window} tokens needs {need_gib:.2f} GiB of KV cache, there is room for "
@@ -136,27 +144,74 @@ def plan(checkpoint: Checkpoint, gpus: tuple[int, ...], told_bytes: int | None, 
     return result
 
 
-def kv_bytes_per_token(config: dict[str, Any], cache_dtype: str | None) -> int:
-    """Bytes of keys and values that one token takes over all layers."""
-    dtype = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16")
-    size = 1 if cache_dtype and cache_dtype.startswith("fp8") else _DTYPE_BYTES.get(dtype, 2)
+def kv_bytes_per_token(config: dict[str, Any], cache_dtype: str | None, dtype: str | None = None) -> int:
+    """Bytes of keys and values that one token takes over all layers; `dtype` is the model's where it is not config.json's."""
+    names = (cache_dtype, dtype, config.get("dtype"), config.get("torch_dtype"))
+    is_fp8 = cache_dtype is not None and cache_dtype.startswith("fp8")
+    size = 1 if is_fp8 else next((_DTYPE_BYTES[name] for name in names if name in _DTYPE_BYTES), 2)
     return 2 * int(config["num_hidden_layers"]) * prod((kv_heads(config), head_dim(config))) * size
 
 
-def _weight_bytes(checkpoint: Checkpoint) -> int:
-    return sum(tensor.end - tensor.start for tensor in checkpoint.tensors.values())
+def _weight_bytes(checkpoint: Checkpoint, engine_args: tuple[str, ...]) -> int:
+    """As stored, or in the operator's `--dtype`; packed weights keep their own."""
+    size = _DTYPE_BYTES.get(_option(engine_args, "--dtype") or "")
+    return sum(
+        prod(tensor.shape) * size if size and tensor.dtype in _FLOATS else tensor.end - tensor.start
+        for tensor in checkpoint.tensors.values()
+    )
 
 
-def _ranks(engine_args: tuple[str, ...]) -> int:
-    """GPUs that share one copy of the weights."""
-    return prod(int(_option(engine_args, flag) or 1) for flag in ("--tensor-parallel-size", "--pipeline-parallel-size"))
+def _ranks(engine_args: tuple[str, ...], gpus: tuple[int, ...]) -> int:
+    """GPUs that share one copy of the weights.
+
+    Raises:
+        UsageError: this machine has GPUs, but not so many, and no other machine is to give more.
+    """
+    counts = {flag: _whole(engine_args, flag) for flag in ("--tensor-parallel-size", "--pipeline-parallel-size")}
+    ranks = prod(counts.values())
+    goes_beyond = _option(engine_args, "--distributed-executor-backend") == "ray" or _whole(engine_args, "--nnodes") > 1
+    if gpus and ranks > len(gpus) and not goes_beyond:
+        named = " x ".join(f"{flag} {count}" for flag, count in counts.items() if count > 1)
+        raise UsageError(f"{named} after --: that is {ranks} GPUs and this machine has {len(gpus)}; use at most {len(gpus)}")
+    return ranks
+
+
+def _whole(args: tuple[str, ...], flag: str) -> int:
+    given = _option(args, flag) or "1"
+    if not given.isdecimal() or int(given) < 1:
+        raise UsageError(f"{flag} {given} after --: it must be a whole number, 1 or more")
+    return int(given)
+
+
+def _gpu_share(args: tuple[str, ...]) -> float:
+    given = _option(args, "--gpu-memory-utilization") or str(_GPU_SHARE)
+    try:
+        share = float(given)
+    except ValueError:
+        share = 0.0
+    if not 0 < share <= 1:
+        raise UsageError(f"--gpu-memory-utilization {given} after --: it must be a number above 0 and at most 1")
+    return share
+
+
+def _cpu_space_bytes() -> int:
+    given = os.environ[_CPU_SPACE]
+    if not given.isdecimal():
+        raise UsageError(f"{_CPU_SPACE}={given}: vLLM takes whole GiB only; round it, or unset it and use --kv-cache-gib")
+    return int(given) * _GIB
 
 
 def _option(args: tuple[str, ...], flag: str) -> str | None:
-    """Value of `flag VALUE` or `flag=VALUE` among the engine's arguments."""
+    """The value that vLLM would take for `flag`: the last one given, by any spelling that it knows.
+
+    Raises:
+        UsageError: no value follows.
+    """
+    value = None
     for index, arg in enumerate(args):
-        if arg == flag and index + 1 < len(args):
-            return args[index + 1]
-        if arg.startswith(flag + "="):
-            return arg.partition("=")[2]
-    return None
+        name, is_joined, given = arg.partition("=")
+        if _SHORT_NAMES.get(name, name.replace("_", "-")) == flag:
+            value = given if is_joined else next(iter(args[index + 1 :]), "")
+            if not value or value.startswith("--"):
+                raise UsageError(f"{arg} after --: no value follows it; give one")
+    return value

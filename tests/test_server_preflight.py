@@ -217,6 +217,72 @@ def test_a_gpu_that_is_too_small_names_vllms_flags(tmp_path: Path) -> None:
     )
 
 
+def kv_tokens(folder: Path, args: str, gpus: int = 2, told_bytes: int | None = None) -> int:
+    checkpoint = check_model(ServeConfig(model=folder))
+    return capacity.plan(checkpoint, (4 << 30,) * gpus, told_bytes, tuple(args.split())).kv_tokens
+
+
+@pytest.mark.parametrize("flag", ["--tensor-parallel-size", "-tp", "--pipeline_parallel_size", "-pp", "--tensor_parallel-size"])
+@pytest.mark.parametrize("joint", [" ", "="])
+def test_each_spelling_of_vllms_flags_counts(tmp_path: Path, flag: str, joint: str) -> None:
+    folder = write_model(tmp_path / "model")
+    one = kv_tokens(folder, "")
+    assert kv_tokens(folder, f"{flag}{joint}2") > 1.9 * one
+    assert kv_tokens(folder, f"{flag} 1 {flag}{joint}2") > 1.9 * one  # vLLM takes the last one
+    assert kv_tokens(folder, f"--kv_cache_dtype{joint}fp8") == pytest.approx(4 * one, rel=1e-6)
+    assert kv_tokens(folder, f"--dtype{joint}half") == pytest.approx(2 * one, rel=0.01)
+    assert kv_tokens(folder, f"--dtype{joint}auto") == one
+    assert kv_tokens(folder, f"{flag}{joint}2", told_bytes=1 << 20) == 2 * kv_tokens(folder, "", told_bytes=1 << 20)
+
+
+def test_weights_take_what_the_operators_dtype_makes_of_them(tmp_path: Path) -> None:
+    checkpoint = check_model(ServeConfig(model=write_model(tmp_path / "model")))
+    stored, halved = (capacity.plan(checkpoint, (), 1 << 30, args).weight_bytes for args in ((), ("--dtype", "bfloat16")))
+    assert stored == 2 * halved
+
+
+@pytest.mark.parametrize(
+    ("args", "named"),
+    [
+        ("--tensor-parallel-size two", "--tensor-parallel-size two"),
+        ("-tp 0", "--tensor-parallel-size 0"),
+        ("-tp", "-tp after --: no value"),
+        ("-pp --enforce-eager", "-pp after --: no value"),
+        ("--gpu_memory_utilization 92", "--gpu-memory-utilization 92"),
+        ("--gpu-memory-utilization=most", "--gpu-memory-utilization most"),
+        ("-tp 4", "--tensor-parallel-size 4 after --: that is 4 GPUs and this machine has 2"),
+        ("-tp 2 -pp 2", "--tensor-parallel-size 2 x --pipeline-parallel-size 2 after --: that is 4 GPUs"),
+    ],
+)
+def test_a_flag_that_cannot_be_is_named(tmp_path: Path, args: str, named: str) -> None:
+    with pytest.raises(UsageError, match=named):
+        kv_tokens(write_model(tmp_path / "model"), args)
+
+
+@pytest.mark.parametrize("args", ["-tp 4 --distributed-executor-backend ray", "-tp 2 -pp 2 -n 2", "-tp 4 --nnodes=2"])
+def test_other_machines_may_give_gpus(tmp_path: Path, args: str) -> None:
+    assert kv_tokens(write_model(tmp_path / "model"), args) > 0
+
+
+def test_a_kv_space_that_vllm_does_not_take_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_model(tmp_path / "model")
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "4")
+    assert kv_tokens(folder, "", gpus=0) == (4 << 30) // 256
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "4.5")
+    with pytest.raises(UsageError, match=r"VLLM_CPU_KVCACHE_SPACE=4\.5: .*--kv-cache-gib"):
+        kv_tokens(folder, "", gpus=0)
+
+
+def test_a_driver_that_hangs_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\nexec sleep 60\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(capacity, "_NVIDIA_SMI_TIMEOUT_S", 0.2)
+    with pytest.raises(ResourceError, match=r"nvidia-smi did not answer within 0\.2 s"):
+        capacity.gpu_memory_bytes()
+
+
 @pytest.mark.parametrize("fields", [{"hidden_size": None}, {"max_position_embeddings": 0}, {"max_position_embeddings": "512"}])
 def test_an_impossible_config_is_a_model_error(tmp_path: Path, fields: dict[str, object]) -> None:
     folder = write_model(tmp_path / "model")

@@ -26,7 +26,7 @@ REFUSED = frozenset(
         *("previous_response_id", "background"),
     }
 )
-TEXT_PARTS = ("text", "input_text", "output_text", "refusal", "thinking", "reasoning_text")  # no set: a client's type may have no hash
+TEXT_PARTS = ("text", "input_text", "output_text", "refusal", "thinking", "reasoning_text")  # no set: [] has no hash
 
 
 @dataclass(frozen=True)

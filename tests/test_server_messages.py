@@ -55,10 +55,11 @@ def test_a_message_of_another_shape_is_400_and_named(gateway: Gateway, message: 
 
 
 @pytest.mark.fault("S12")
-def test_a_chats_message_has_a_role_and_a_tools_output_none(gateway: Gateway) -> None:
+def test_a_chats_message_has_a_role_and_an_agents_items_may_have_none(gateway: Gateway) -> None:
+    thought = {"type": "reasoning", "summary": [], "content": [{"type": "reasoning_text", "text": "so"}]}
     with gateway.client() as client:
         assert error_of(client.post(CHAT.path, json={"messages": [{"content": "hi"}]}))["param"] == "messages[0].role"
-        assert client.post(RESPONSES.path, json={"input": [WEB_PAGE]}).status_code == 200
+        assert client.post(RESPONSES.path, json={"input": [thought, WEB_PAGE]}).status_code == 200
 
 
 @pytest.mark.fault("S20")

@@ -67,6 +67,10 @@ def _table(columns: dict[str, list[dict[str, Any]]]) -> list[str]:
     many = [*columns.values()]
     lines += _lines(many, "ppl", lambda length: f"perplexity, {int(length):,} tokens", "{:,.1f}")
     lines += _lines(many, "needle", lambda length: f"needles found, {int(length):,} tokens", "{:.0%}")
+    for use in many[0][0].get("uses", {}):
+        lines += _lines(many, "uses", lambda length: f"{use}, {int(length):,} tokens", "{:.0%}", use)  # noqa: B023 - as below
+    if "sliding" in many[0][0]:
+        lines += _lines(many, "sliding", str, "{:,.1f}")
     lines += _lines(many, "short", lambda task: f"{task}, {'share' if task in UNCOUNTED else 'accuracy'}", "{:.3f}")
     lines += _lines(many, "short_perplexity", lambda task: f"{task}, perplexity of the last word", "{:.1f}")
     for title, kind in (("mean of the accuracies over native", "retention"), ("the same, beyond guessing", "beyond_guessing")):
@@ -79,11 +83,19 @@ def _title(recipe: str, seeds: int) -> str:
     return _NAMES.get(recipe, f"restored ({recipe}{f', {seeds} seeds' if seeds > 1 else ''})")
 
 
-def _lines(columns: list[list[dict[str, Any]]], kind: str, title: Callable[[str], str], style: str) -> list[str]:
-    def line(key: str) -> str:
-        return " | ".join([title(key), *(_cell(rows, lambda row: row[kind][key], style) for rows in columns)])
+def _lines(
+    columns: list[list[dict[str, Any]]], kind: str, title: Callable[[str], str], style: str, part: str | None = None
+) -> list[str]:
+    """A line for each figure of a kind, or of a part of it."""
 
-    return [f"| {line(key)} |" for key in columns[0][0][kind]]
+    def figures(row: dict[str, Any]) -> dict[str, float]:
+        found: dict[str, float] = row[kind] if part is None else row[kind][part]
+        return found
+
+    def line(key: str) -> str:
+        return " | ".join([title(key), *(_cell(rows, lambda row: figures(row)[key], style) for rows in columns)])
+
+    return [f"| {line(key)} |" for key in figures(columns[0][0])]
 
 
 def _cell(rows: list[dict[str, Any]], value: Callable[[dict[str, Any]], float], style: str) -> str:

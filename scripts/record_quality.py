@@ -91,6 +91,7 @@ def _row(
     scores, restored, native = model.scores, model.name == "restored", model.name == "native"
     mean, native_mean = model.short_mean, report.models[0].short_mean
     names = {task.name for task in model.tasks}
+    uses = dict.fromkeys(needle.task for needle in model.needles if needle.task != "single")
     ratios = {row.what: row.ratio for row in report.comparisons if row.model == model.name}
     return {
         "model": Path(config.model).name,
@@ -102,6 +103,8 @@ def _row(
         "tokens": done.tokens if restored else 0,
         "ppl": scores.perplexity,
         "needle": scores.needle,
+        "uses": {task: {n.length: model.needle(n.length, task) for n in model.needles if n.task == task} for task in uses},
+        "sliding": {score.title: score.value for score in model.sliding},
         "short": scores.tasks,
         "short_mean": mean,
         "retention": mean / native_mean if mean is not None and native_mean else None,

@@ -11,7 +11,11 @@ import pytest
 import yaml
 
 from ard_serve import cli
-from restore.evaluate import Candidate
+from ard_serve.artifact import RecipeRecord
+from restore.config import RestoreConfig
+from restore.evaluate import Candidate, make_report
+from restore.evaluation.config import EvalConfig
+from restore.evaluation.results import Evaluation, NeedleScore, PerplexityScore, SlidingScore, TaskScore
 from scripts import code_text, record_quality, study
 
 
@@ -97,6 +101,34 @@ def test_a_run_that_diverges_is_left_out_and_any_other_mistake_ends_the_study(
     assert (tmp_path / "rate-0.5-yarn-3.failed").exists()
     study.main(words)
     assert asked[2:] == ["rate-0.25-yarn-3.yaml"]
+
+
+def test_a_row_has_every_figure_of_its_model() -> None:
+    def model(name: str, right: int) -> Evaluation:
+        answers = (1,) * right + (0,) * (100 - right)
+        return Evaluation(
+            name=name,
+            perplexity=(PerplexityScore(length=64, window_nll=(3.0, 3.2)),),
+            sliding=(SlidingScore(documents="long", length=64, nll=(3.0,)),),
+            needles=tuple(NeedleScore(task=task, length=64, depth=0.5, samples=(1.0, 0.5)) for task in ("single", "squad")),
+            tasks=(
+                *(TaskScore(name=task, metric="acc", metrics={}, correct=answers, chance=0.25) for task in ("a", "b")),
+                TaskScore(name="mc2", metric="mc2", metrics={}, correct=(0.4,)),
+            ),
+        )
+
+    report = make_report([model("native", 75), model("restored", 65)], EvalConfig(data=("x",)))
+    config = RestoreConfig.resolve(None, {"model": "m/tiny", "target_length": 512, "data": ["x"], "out": "o"})
+    done = RecipeRecord(name="default", objectives={"lm": 1.0}, trainable="lora", steps=2, tokens=9, seed=3)
+    native, restored = record_quality.rows(report, config, done, 4.0)
+    assert (native["retention"], native["beyond_guessing"]) == (1.0, 1.0)
+    assert (restored["short_mean"], restored["retention"]) == (0.65, pytest.approx(65 / 75)), (
+        "the share is told and not counted"
+    )
+    assert restored["beyond_guessing"] == pytest.approx(0.4 / 0.5)
+    assert restored["short"].keys() == {"a", "b", "mc2"}
+    assert (restored["needle"], restored["uses"]) == ({64: 0.75}, {"squad": {64: 0.75}})
+    assert restored["sliding"] == {"perplexity, sliding over 64 tokens, long documents": pytest.approx(20.09, rel=1e-3)}
 
 
 def test_results_of_another_machine_are_merged_once(tmp_path: Path) -> None:

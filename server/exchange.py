@@ -122,6 +122,7 @@ class Exchange(Response):
         self.profile = pool.profile
         need = Need(self.call.n, self.sized.prompt_tokens, self.sized.max_tokens)
         async with pool.admission.slot(need) as ticket:
+            self.caller.check_quota()  # again: what this key had in flight while the request waited is paid for by now
             engine = pool.engine_of(ticket)
             self.engine = engine.name
             self._services.metrics.queue_wait.labels(self.profile, _lane(ticket)).observe(self.duration_s)

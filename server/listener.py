@@ -14,6 +14,7 @@ from server.errors import ApiError, bad_request
 
 _BACKLOG = 1024
 _MAX_HEAD_BYTES = 1 << 16
+_UNREAD_S = 30  # that a client has to take the rest of an answer whose connection is to be closed
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -51,6 +52,8 @@ class _Corked:
     def close(self) -> None:
         self._flush()
         self._transport.close()
+        if self._transport.get_write_buffer_size():  # a client that has stopped reading would keep its descriptor for ever
+            self._loop.call_later(_UNREAD_S, self._transport.abort)
 
     def _flush(self) -> None:
         if self._parts:

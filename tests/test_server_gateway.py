@@ -7,6 +7,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -337,7 +338,10 @@ def test_each_key_has_its_own_cache_salt(keyed_gateway: Gateway) -> None:
 
 
 def test_a_key_over_its_quota_waits_and_others_do_not(keyed_gateway: Gateway) -> None:
-    complete(keyed_gateway, BOB, max_tokens=400, script={"first_s": 0.5})
+    # 1,024 tokens of KV memory: two fit, and when the third one's turn comes they have used the quota up.
+    with ThreadPoolExecutor(3) as together:
+        asked = [together.submit(complete, keyed_gateway, BOB, max_tokens=480, script={"first_s": 0.5}) for _ in range(3)]
+        assert sorted(each.result().status_code for each in asked) == [200, 200, 429]
     refused = complete(keyed_gateway, BOB)
     assert refused.status_code == 429
     assert error_of(refused)["code"] == "quota_exceeded"

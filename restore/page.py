@@ -119,7 +119,7 @@ def _gate(restoration: "report.Restoration | None") -> list[str]:
         "task fails where it is worse with a p-value below its limit."
     )
     rows = [
-        [check.what, check.measured, check.limit, "met" if check.met else "missed"]
+        [check.what, check.measured, f"at {check.kind} {check.limit}", "met" if check.met else "missed"]
         for check in sorted(restoration.checks, key=lambda check: check.met)
     ]
     return [_section(f"Quality gate: {verdict}", note, _table(["", "measured", "limit", ""], rows))]

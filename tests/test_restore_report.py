@@ -262,7 +262,7 @@ def test_a_forced_or_unmeasured_export_says_so(found: EvaluationReport, restorat
     assert "perplexity at 8192 = 99.00, limit 30.00" in report.markdown(found, missed)
     page = Text(html_page(found, missed)).text
     assert "Quality gate: failed, 1 of 2 limits missed" in page
-    assert "perplexity at 8192 99.00 30.00 missed perplexity at 2048 29.00 30.00 met" in page
+    assert "perplexity at 8192 99.00 at most 30.00 missed perplexity at 2048 29.00 at most 30.00 met" in page
     passed = replace(restoration, checks=(met,))
     assert "Quality gate: passed" in Text(html_page(found, passed)).text
     assert "held to 1 limits against the native model, and meets all of them" in report.model_card(passed, found)

@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import takewhile
+from typing import Literal
 
 from ard_serve.errors import UsageError
 from restore.evaluation.compare import paired_p_value, paired_tasks
@@ -16,12 +17,13 @@ _STANDARD_ERRORS = 2.0
 
 @dataclass(frozen=True)
 class Check:
-    """One figure, as it is told, held to its limit."""
+    """One figure, as it is told, held to its limit: the least or the most that it may be."""
 
     what: str
     measured: str
     limit: str
     met: bool
+    kind: Literal["least", "most"] = "least"
 
     def __str__(self) -> str:
         return f"{self.what} = {self.measured}, limit {self.limit}"
@@ -83,7 +85,7 @@ def _long(native: Evaluation, restored: Evaluation, length: int, limits: GateCon
     if perplexity is not None and anchor is not None:
         most = (1 + limits.perplexity) * anchor
         # A perplexity that is no number is within no limit.
-        yield Check(f"perplexity at {length}", f"{perplexity:.2f}", f"{most:.2f}", perplexity <= most)
+        yield Check(f"perplexity at {length}", f"{perplexity:.2f}", f"{most:.2f}", perplexity <= most, "most")
     needle = restored.scores.needle.get(length)
     anchor = _inside(native.scores.needle, length, native_window)
     if needle is not None and anchor is not None:

@@ -5,6 +5,7 @@ import math
 import shutil
 import subprocess
 import sys
+import time
 from typing import Any
 
 import pytest
@@ -243,6 +244,23 @@ def test_masked_and_sampled_rows_compile_without_waiting_for_a_value(rows: int |
     if rows is None:
         torch.testing.assert_close(compiled, loss(q_s, k_s))
     assert all(gradient.count_nonzero() > 0 for gradient in torch.autograd.grad(compiled, (q_s, k_s)))
+
+
+@pytest.mark.timing
+def test_sampled_rows_cost_as_much_as_their_share() -> None:
+    """Four times the tokens: four times the work of 32 rows, sixteen times that of all of them."""
+
+    def seconds(tokens: int) -> float:
+        (q_s, q_t), (k_s, k_t) = _pair(4, tokens, 16, dtype=torch.float32), _pair(2, tokens, 16, dtype=torch.float32)
+        times = []
+        for _ in range(5):
+            started = time.perf_counter()
+            torch.autograd.grad(cross_relation_kl(q_s, k_s, q_t, k_t, rows=32), (q_s, k_s))
+            times.append(time.perf_counter() - started)
+        return min(times)
+
+    seconds(2048)
+    assert seconds(16_384) < 8 * seconds(4096)
 
 
 def test_checkpointing_changes_no_bit() -> None:

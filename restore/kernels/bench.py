@@ -1,7 +1,8 @@
 """`python -m restore.kernels.bench`: time and memory of the kernels on this GPU beside their peers, as one JSON file.
 
 Shapes: B batch, H query heads, G key heads, T tokens, D head channels. FLOPs are counted as 8 T^2 D H for the self-relation
-(2 products over half the tiles forward, 3 over all of them backward) and 8 T^2 D H for the attention rows likewise.
+(2 products over half the tiles forward, 3 over all of them backward) and as many for the attention rows. Each row has
+the same loss of 1,024 sampled rows beside it, whose time grows with T and not with T^2.
 The matrix product that a row's rate is a share of is timed in turns with the row: it moves with the card's power.
 """
 
@@ -13,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -30,6 +32,7 @@ from restore.kernels.bench_profile import profile
 LENGTHS = (1024, 4096, 8192, 16384, 32768, 65536, 131072)
 MIB = 1 << 20
 PRODUCT_SIZE = 8192
+SAMPLED_ROWS = 1024
 Loss = Callable[..., Tensor]
 LOSSES: dict[str, Loss] = {"self_relation": self_relation_kl, "cross_relation": cross_relation_kl}
 
@@ -95,6 +98,8 @@ def _rows(lengths: list[int], reference: Path | None) -> Iterator[dict[str, Any]
             row |= {"dtype": "bf16"} | measure(LOSSES[op], inputs, share=True)
             row["tflops"] = round(8 * tokens**2 * channels * heads / row["fwd_bwd_ms"] / 1e9, 1)
             row["of_matmul"] = round(row["tflops"] / row["matmul_tflops"], 3)
+            sampled = measure(partial(LOSSES[op], rows=SAMPLED_ROWS), inputs)
+            row |= {f"{SAMPLED_ROWS}_rows_{key}": value for key, value in sampled.items()}
             for peer, loss in peers(tokens, reference if channels == 128 else None).items():
                 try:
                     row |= {f"{peer}_{key}": value for key, value in measure(loss, inputs).items()}

@@ -53,7 +53,9 @@ class FakeRoutes:
 
 
 @pytest.mark.fault("S12")
-@pytest.mark.parametrize(("cases", "at_least"), [(25, 500), pytest.param(1250, 10_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("cases", "at_least"), [(25, 500), pytest.param(1250, 10_000, marks=[pytest.mark.slow, pytest.mark.timeout(1500)])]
+)
 def test_schemathesis_finds_no_5xx_and_no_answer_outside_the_document(
     gateway: Gateway, cases: int, at_least: int, tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:

@@ -6,17 +6,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Self
 
+from server import grammar
 from server.config import ServeConfig
 from server.errors import ApiError, bad_request
 
 _MAX_DEPTH = 64
-_MAX_REPEATS = 10_000
-_MAX_REPEAT_DIGITS = 9  # more are over the limit whatever they say, and of thousands Python makes no int
-_TOOLS_PER_SCHEMA = 16  # all tools together may take so many times one schema's size: an agent brings dozens
 _SURROGATE_ESCAPE = re.compile(rb"\\u[dD][89a-fA-F]")
-_INTEGER_LIMITS = {"maxLength", "minLength", "maxItems", "minItems", "maxProperties", "minProperties"}
-# With spaces, as EBNF allows. Possessive (+): a brace that never closes must not be tried with every part of its digits.
-_REPEAT = re.compile(r"\{\s*+(\d*+)\s*+(?:,\s*+(\d*+)\s*+)?\}")
 
 # Parameters of vLLM that reach past the request: other tenants' cache, the engine's transfers, unpickled tensors, scheduling.
 REFUSED = frozenset(
@@ -36,6 +31,7 @@ class CallLimits:
     window: int
     measured: int | None
     max_n: int
+    max_prompts: int
     max_generated_tokens: int
     default_max_tokens: int
     max_logprobs: int
@@ -53,6 +49,7 @@ class CallLimits:
             window=window,
             measured=measured,
             max_n=config.max_n,
+            max_prompts=config.max_prompts,
             max_generated_tokens=config.max_generated_tokens or window,
             default_max_tokens=config.default_max_tokens,
             max_logprobs=config.max_logprobs,
@@ -114,16 +111,13 @@ def parse(body: bytes, kind: Kind, limits: CallLimits, known: frozenset[str], mo
     prompts, prompt_tokens = _prompt_size(fields[kind.prompt]) if kind is COMPLETION else (1, None)
     if kind is not COMPLETION:
         _check_content(fields[kind.prompt], kind)
-    _check_structured_output(fields, limits)
+    grammar.check(fields, limits.max_schema_bytes)
     stream = _boolean(fields, "stream")
     _check_sampling(fields, limits)
     n = max(_integer(fields, "n", 1, limits.max_n) or 1, _integer(fields, "best_of", 1, limits.max_n) or 1)
-    if n * prompts > limits.max_n:
-        raise bad_request(
-            f"n x prompts = {n} x {prompts} is over the limit of {limits.max_n} sequences a request; send fewer prompts at a "
-            "time, or start the server with a larger --max-n",
-            kind.prompt,
-        )
+    if prompts > limits.max_prompts:
+        more = f"the limit is {limits.max_prompts}; send fewer at a time, or start the server with a larger --max-prompts"
+        raise bad_request(f"{prompts} prompts in one request; {more}", kind.prompt)
     max_tokens = _max_tokens(fields, kind, limits)
     if n * prompts * (max_tokens or 1) > limits.max_generated_tokens:
         raise bad_request(
@@ -267,37 +261,3 @@ def _check_sampling(fields: dict[str, Any], limits: CallLimits) -> None:
 def _max_tokens(fields: dict[str, Any], kind: Kind, limits: CallLimits) -> int | None:
     given = [value for name in kind.max_tokens if (value := _integer(fields, name, 1, limits.window)) is not None]
     return given[0] if given else 16 if kind is COMPLETION else None
-
-
-def _check_structured_output(fields: dict[str, Any], limits: CallLimits) -> None:
-    for name in ("response_format", "structured_outputs", "tools", "text"):
-        value = fields.get(name)
-        if value is None:
-            continue
-        size_bytes = len(json.dumps(value))
-        limit_bytes = limits.max_schema_bytes * (_TOOLS_PER_SCHEMA if name == "tools" else 1)
-        if size_bytes > limit_bytes:
-            remedy = f"{'send fewer or shorter ones' if name == 'tools' else 'shorten it'}, or start the server with a larger"
-            raise bad_request(f"{name} is {size_bytes} bytes; the limit is {limit_bytes}; {remedy} --max-schema-bytes", name)
-        if any(repeats > _MAX_REPEATS for repeats in _repeats(value)):
-            raise bad_request(f"{name} asks for more than {_MAX_REPEATS} repetitions, the limit; ask for fewer", name)
-        if name in ("response_format", "structured_outputs") and value != {"type": "text"} and fields.get("ignore_eos"):
-            raise bad_request(f"ignore_eos does not go with {name}, whose grammar says where to end; remove one", "ignore_eos")
-
-
-def _repeats(node: Any) -> Iterator[int]:
-    """Every bound that a grammar compiler would unroll: a schema's length limits, a pattern's {m,n} multiplied."""
-    if isinstance(node, str):
-        product = 1
-        for bounds in _REPEAT.findall(node):
-            product = min(product * max(1, *map(_bound, bounds)), _MAX_REPEATS + 1)
-        yield product
-    elif isinstance(node, dict):
-        yield from (value for key, value in node.items() if key in _INTEGER_LIMITS and type(value) is int)
-        yield from (bound for value in node.values() for bound in _repeats(value))
-    elif isinstance(node, list):
-        yield from (bound for value in node for bound in _repeats(value))
-
-
-def _bound(digits: str) -> int:
-    return int(digits or 0) if len(digits) <= _MAX_REPEAT_DIGITS else _MAX_REPEATS + 1

@@ -47,12 +47,15 @@ class ServeConfig(Settings):
         None, ge=1024, description="largest request body; 32 bytes a token of window + 1 MiB if not given"
     )
     max_n: int = Field(8, ge=1, le=128, description="largest n and best_of of a request")
-    max_generated_tokens: int | None = Field(None, ge=1, description="largest n x max_tokens; the window when not given")
+    max_prompts: int = Field(64, ge=1, le=4096, description="most prompts of one completion, each of them n sequences")
+    max_generated_tokens: int | None = Field(
+        None, ge=1, description="largest n x prompts x max_tokens; the window when not given"
+    )
     default_max_tokens: int = Field(
         4096, ge=1, description="max_tokens of a chat that does not say (less where the window is full)"
     )
     max_logprobs: int = Field(20, ge=0, le=100, description="largest logprobs and top_logprobs of a request")
-    max_schema_bytes: int = Field(16384, ge=0, description="largest JSON schema, regex or grammar of a structured output")
+    max_schema_bytes: int = Field(16384, ge=0, description="largest JSON schema, regex or grammar; 16 times that for all tools")
 
     header_timeout_s: float = Field(10, gt=0, description="time for a connection to send a request's headers")
     body_timeout_s: float = Field(30, gt=0, description="time for a request to send its body")

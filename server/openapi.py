@@ -142,7 +142,7 @@ def _request(kind: Kind, limits: CallLimits, known: frozenset[str]) -> Schema:
 def _prompt(kind: Kind, limits: CallLimits) -> Schema:
     text: Schema = {"type": "string"}
     if kind is COMPLETION:
-        several: Schema = {"type": "array", "minItems": 1, "maxItems": limits.max_n}
+        several: Schema = {"type": "array", "minItems": 1, "maxItems": limits.max_prompts}
         return {"anyOf": [text, _INTEGERS, several | {"items": text}, several | {"items": _INTEGERS}]}
     if kind is CHAT:
         return {"type": "array", "items": _MESSAGE | {"required": ["role"]}, "minItems": 1}

@@ -11,7 +11,14 @@ from server.call import COMPLETION, Call, CallLimits, parse
 from server.errors import ApiError
 
 LIMITS = CallLimits(
-    window=100, measured=None, max_n=80, max_generated_tokens=100, default_max_tokens=10, max_logprobs=5, max_schema_bytes=100
+    window=100,
+    measured=None,
+    max_n=80,
+    max_prompts=80,
+    max_generated_tokens=100,
+    default_max_tokens=10,
+    max_logprobs=5,
+    max_schema_bytes=100,
 )
 
 
@@ -46,12 +53,10 @@ def test_a_prompt_of_another_shape_is_refused(prompt: Any) -> None:
     assert (caught.value.status, caught.value.param) == (400, "prompt")
 
 
-@pytest.mark.parametrize(("fields", "sequences"), [({}, 81), ({"n": 2}, 41), ({"best_of": 80}, 2)], ids=str)
-def test_prompts_are_bounded_together_with_n(fields: dict[str, Any], sequences: int) -> None:
-    limits = replace(LIMITS, max_generated_tokens=10_000)
-    assert parsed(["x"] * (sequences - 1), limits, **fields).prompts == sequences - 1
-    with pytest.raises(ApiError, match=r"limit of 80 sequences .* fewer prompts .* --max-n") as caught:
-        parsed(["x"] * sequences, limits, **fields)
+def test_the_prompts_of_a_request_are_bounded() -> None:
+    assert parsed(["x"] * 80).prompts == 80
+    with pytest.raises(ApiError, match=r"81 prompts .* the limit is 80; send fewer .* --max-prompts") as caught:
+        parsed(["x"] * 81)
     assert (caught.value.status, caught.value.param) == (400, "prompt")
 
 
@@ -74,3 +79,27 @@ def test_a_brace_that_never_closes_takes_no_time(regex: str) -> None:
     started = time.monotonic()
     parsed("x", replace(LIMITS, max_schema_bytes=16_384), structured_outputs={"regex": regex})
     assert time.monotonic() - started < 0.05
+
+
+@pytest.mark.fault("S18")
+@pytest.mark.parametrize(
+    ("name", "value", "refused"),
+    [
+        ("response_format", {"type": "json_object"}, True),
+        ("response_format", {"type": "text"}, False),
+        ("structured_outputs", {"regex": "a+"}, True),
+        ("text", {"format": {"type": "json_schema", "schema": {}}, "verbosity": "low"}, True),
+        ("text", {"format": {"type": "text"}}, False),
+        ("text", {"verbosity": "low"}, False),
+        ("tools", [{"type": "function"}], False),
+    ],
+    ids=str,
+)
+def test_an_answer_that_its_grammar_ends_cannot_ignore_its_end(name: str, value: Any, refused: bool) -> None:
+    parsed("x", **{name: value})
+    if not refused:
+        parsed("x", ignore_eos=True, **{name: value})
+        return
+    with pytest.raises(ApiError, match="ignore_eos does not go with") as caught:
+        parsed("x", ignore_eos=True, **{name: value})
+    assert (caught.value.status, caught.value.param) == (400, "ignore_eos")

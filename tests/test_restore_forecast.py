@@ -186,7 +186,7 @@ def test_an_estimate_needs_a_config_alone(
     assert main(["restore", str(tmp_path), "--target-length", "512", "--estimate"]) == 0
     said = capsys.readouterr().out
     config, rope = planned(read_config(model), target_length=512, rank=128)
-    assert f"{forecast(read_config(model), rope, config).peak_bytes / 2**30:,.2f}" in said
+    assert f"{forecast(read_config(model), rope, config).peak_bytes / 2**20:,.2f} MiB" in said
     assert "128 to 512 tokens" in said
 
 

@@ -199,7 +199,8 @@ def test_interruption_leaves_valid_results(
 ) -> None:
     url = start_mock(ttft_ms=100, itl_ms=20)
     script = (
-        "import sys\nfrom loadtests.config import LoadConfig\nfrom loadtests.runner import run\n"
+        # What runs in the background of a script inherits an ignored SIGINT.
+        "import signal, sys\nsignal.signal(signal.SIGINT, signal.default_int_handler)\nfrom loadtests.config import LoadConfig\nfrom loadtests.runner import run\n"
         "sys.exit(run(LoadConfig.model_validate_json(sys.argv[1])))"
     )
     wanted = config(url, tmp_path, requests_per_cell=200, concurrencies=(2,)).model_dump_json()

@@ -200,7 +200,8 @@ def test_interruption_leaves_valid_results(
     url = start_mock(ttft_ms=100, itl_ms=20)
     script = (
         # What runs in the background of a script inherits an ignored SIGINT.
-        "import signal, sys\nsignal.signal(signal.SIGINT, signal.default_int_handler)\nfrom loadtests.config import LoadConfig\nfrom loadtests.runner import run\n"
+        "import signal, sys\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "from loadtests.config import LoadConfig\nfrom loadtests.runner import run\n"
         "sys.exit(run(LoadConfig.model_validate_json(sys.argv[1])))"
     )
     wanted = config(url, tmp_path, requests_per_cell=200, concurrencies=(2,)).model_dump_json()

@@ -28,7 +28,7 @@ def main() -> None:
     if sys.argv[1] == "--merge":
         source = Path(sys.argv[2])
         for entry in read(source):
-            append(RESULTS / source.name, entry | {"commit": entry["commit"] or _commit()})
+            append(RESULTS / source.name, entry | {"commit": entry["commit"] or commit()})
         return
     evaluation, run, command, *remark = sys.argv[1:]
     report = EvaluationReport.model_validate_json(Path(evaluation).read_bytes())
@@ -61,7 +61,7 @@ def describe(report: EvaluationReport, run: Path, command: str, remark: str = ""
     assert manifest is not None, "a finished restoration has an export with a manifest"
     verdict = judge(report, config.gate, manifest.base.native_window)
     return config, {
-        "commit": _commit(),
+        "commit": commit(),
         "machine": report.machine,
         "command": command,
         "date": report.created_at,
@@ -92,7 +92,7 @@ def _row(
     mean, native_mean = model.short_mean, report.models[0].short_mean
     names = {task.name for task in model.tasks}
     uses = dict.fromkeys(needle.task for needle in model.needles if needle.task != "single")
-    ratios = {row.what: row.ratio for row in report.comparisons if row.model == model.name}
+    ratios = {row.what: 1.0 if native else row.ratio for row in report.comparisons if native or row.model == model.name}
     return {
         "model": Path(config.model).name,
         "recipe": _RECIPES.get(model.name, done.name),
@@ -108,13 +108,13 @@ def _row(
         "short": scores.tasks,
         "short_mean": mean,
         "retention": mean / native_mean if mean is not None and native_mean else None,
-        "beyond_guessing": 1.0 if native else ratios.get(BEYOND_GUESSING),
+        "beyond_guessing": ratios.get(BEYOND_GUESSING),
         "short_p": {c.what: c.p_value for c in report.comparisons if c.model == model.name and c.what in names},
         "short_perplexity": {t.name: t.metrics["perplexity"] for t in model.tasks if "perplexity" in t.metrics},
     }
 
 
-def _commit() -> str:
+def commit() -> str:
     """Of the working tree; a machine that has only its files leaves it open."""
     found = subprocess.run(["git", "rev-parse", "--short", "--verify", "HEAD"], capture_output=True, text=True, check=False)
     return found.stdout.strip()

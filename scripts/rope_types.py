@@ -9,7 +9,6 @@ OUT.json is written after every type, since one takes minutes on a CPU.
 import argparse
 import json
 import logging
-import subprocess
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,8 +20,7 @@ from restore.evaluate import Candidate, machine
 from restore.evaluation.config import EvalConfig
 from restore.inspection import read_config
 from restore.rope import RopeType, plan_rope
-
-_COMMIT = ("git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD")
+from scripts.record_quality import commit
 
 
 def main() -> None:
@@ -41,7 +39,7 @@ def main() -> None:
         data=tuple(given.data), lengths=tuple(given.lengths), windows=given.windows, needle_samples=0, dtype=given.dtype
     )
     record: dict[str, Any] = {
-        "commit": subprocess.run(_COMMIT, capture_output=True, text=True, check=False).stdout.strip(),
+        "commit": commit(),
         "machine": machine(),
         "command": " ".join(["python -m scripts.rope_types", *sys.argv[1:]]),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -31,7 +31,7 @@ def test_signs_that_flip_see_a_shift_and_not_noise() -> None:
 
 @pytest.mark.parametrize("pairs", [2, 4, 8, 40])
 def test_where_nothing_differs_a_small_p_value_is_as_rare_as_it_says(pairs: int) -> None:
-    """A bootstrap of four windows calls 18% of such differences significant at 5%."""
+    """A bootstrap of so few windows does not keep to its level."""
     generator = np.random.default_rng(0)
     p_values = np.array([sign_flip(generator.standard_t(4, pairs).tolist()) for _ in range(400)])
     for level in (0.05, 0.01):

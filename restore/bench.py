@@ -127,6 +127,9 @@ def _measured(
     )
     ceiling = median(matrix)
     gpu = devices.named(device)
+    needed = forecast(case.base, case.rope, case.config, faces.kept)
+    if faces.shards:
+        needed = needed.sharded(world.size)
     peak_bytes = world.most(taken[-1][-1]["peak_memory_bytes"], device)
     row: dict[str, Any] = {
         "seconds": seconds,
@@ -141,13 +144,14 @@ def _measured(
         "kept": [faces.kept.distilling, faces.kept.reading],
         # Others that kept what attention returned.
         "kept_attention": [faces.kept.distilling_attention, faces.kept.reading_attention],
-        "forecast_gib": forecast(case.base, case.rope, case.config, faces.kept).peak_bytes / _GIB,
+        "forecast_gib": needed.peak_bytes / _GIB,
         # The CPU's allocator keeps no peak.
         "peak_gib": peak_bytes / _GIB if device.type == "cuda" else None,
         # What the allocator held for that, and a card must have.
         "reserved_gib": torch.cuda.max_memory_reserved(device) / _GIB if device.type == "cuda" else None,
-        "parts_s": _parts(faces, case, made.round(rounds - 1, world), device, times[-1]),
     }
+    if not faces.shards:  # whose processes must ask for the same layers, and here each reads what is its own
+        row["parts_s"] = _parts(faces, case, made.round(rounds - 1, world), device, times[-1])
     if options.profile and world.leads:
         _profile(trainer, options.profile, case, device)
     return row

@@ -2,10 +2,11 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from restore.config import RestoreConfig
@@ -19,6 +20,9 @@ from restore.plan import plan_steps
 from restore.quantize import quantize
 from restore.rope import RopePlan
 from restore.trainer import Trainer
+
+if TYPE_CHECKING:
+    from restore.sharding import Shards
 
 # Of SmolLM2-135M and -1.7B, LLaMA2-7B and Llama 3 8B; `tiny` is for trying the bench itself.
 SHAPES: dict[str, dict[str, Any]] = {
@@ -36,6 +40,8 @@ SHAPES: dict[str, dict[str, Any]] = {
     )
 }  # fmt: skip
 _FACTOR = 8
+# Of a Llama's weights before it is trained.
+_STD = 0.02
 
 
 @dataclass(frozen=True)
@@ -75,7 +81,7 @@ class Case:
             "recipe": config.recipe, "window": plan.window if plan.short_windows else 0,
             "long_window": plan.long_window if plan.long_windows else 0, "step_tokens": plan.round_tokens,
             "trainable": config.trainable, "rank": config.rank, "targets": [target[0] for target in config.targets],
-            "dtype": config.dtype, "quantize": config.quantize, "processes": processes,
+            "dtype": config.dtype, "quantize": config.quantize, "processes": processes, "shard": config.shard == "on",
         }  # fmt: skip
 
 
@@ -86,6 +92,22 @@ def build_model(base: dict[str, Any], dtype: torch.dtype, device: torch.device) 
         model = AutoModelForCausalLM.from_config(transformers_config(base), dtype=dtype)  # type: ignore[no-untyped-call]
     assert isinstance(model, PreTrainedModel)
     return model
+
+
+def build_sharded(
+    base: dict[str, Any], dtype: torch.dtype, device: torch.device, world: World
+) -> tuple[PreTrainedModel, "Shards"]:
+    """The same, of which each process holds a share of every layer, of numbers of its own."""
+    from restore.sharding import Shards, empty_sharded  # imports much of torch.distributed
+
+    model = empty_sharded(base, dtype, device, world)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+            local.fill_(1.0) if parameter.dim() == 1 else local.normal_(std=_STD)
+    model.train(False)
+    return model, Shards(model.model.layers)
 
 
 def random_tokens(base: dict[str, Any], count: int) -> TokenStream:
@@ -99,10 +121,15 @@ def build_trainer(case: Case, device: torch.device, folder: Path, world: World) 
     config, rope, base = case.config, case.rope, case.base
     plan = plan_steps(config, rope)
     kept = kept_layers(base, rope, config, forecast(base, rope, config), device)
-    model = build_model(rope.native_config(base), torch.bfloat16 if config.dtype == "bf16" else torch.float32, device)
+    native, dtype = rope.native_config(base), torch.bfloat16 if config.dtype == "bf16" else torch.float32
+    shards = None
+    if config.shard == "on":
+        model, shards = build_sharded(native, dtype, device, world)
+    else:
+        model = build_model(native, dtype, device)
     if config.quantize:
         model = quantize(model, config.quantize, device)
     stream = random_tokens(base, 3 * max(plan.window, plan.long_window))
-    faces = TwoFaced(model, rope, config)
+    faces = TwoFaced(model, rope, config, shards)
     faces.kept = kept
     return faces, Trainer(faces, config, rope, stream, stream, folder, world)

@@ -1,8 +1,8 @@
 """`python -m restore.bench_peers`: parts of a training step beside what libraries make of them, as one JSON file.
 
-Next-token losses beside Liger-Kernel's, cut-cross-entropy's and plain PyTorch, each held against float64; decoder layers with
-adapters beside the same under torch.compile and beside transformers' own modules. A peer that is not installed or fails says so
-in its row. What came of it is in docs/training.md.
+Next-token losses, the KL of logits and both at once beside Liger-Kernel's, cut-cross-entropy's and plain PyTorch, each held
+against float64; decoder layers with adapters beside the same under torch.compile and beside transformers' own modules. A peer
+that is not installed or fails says so in its row. What came of it is in docs/training.md.
 
 Shapes: B batch, N rows (tokens), T tokens, C hidden channels, V vocabulary.
 """
@@ -30,6 +30,9 @@ from restore.model import Kept, TwoFaced
 
 # (student's rows [N, C], teacher's rows [N, C], next tokens [N], head [V, C]) to a scalar.
 Loss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+_PARTS = ("lm", "logits", "both", "layers")
+# Of KL and next-token loss in `both`, as in the default recipe.
+_BOTH = (0.25, 1.0)
 _LAYERS = 4
 _WINDOWS = {"7b": 8192, "1.7b": 8192, "135m": 8192, "tiny": 32}
 
@@ -41,7 +44,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="results file; rows are appended")
     parser.add_argument("--shapes", nargs="+", default=["7b", "135m"], choices=_WINDOWS)
     parser.add_argument("--tokens", type=int, default=16_384, help="read at once (default 16384)")
-    parser.add_argument("--parts", nargs="+", default=["lm", "logits", "layers"], choices=["lm", "logits", "layers"])
+    parser.add_argument("--parts", nargs="+", default=list(_PARTS), choices=_PARTS)
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--commit", help="what the numbers belong to, where there is no git")
     options = parser.parse_args()
@@ -70,7 +73,7 @@ def _losses(shape: str, part: str, options: argparse.Namespace, device: torch.de
     next_N = torch.randint(words, (options.tokens,), device=device, generator=generator)
     given = (student_NC, teacher_NC, next_N, head_VC)
     exact = _in_float64(part, *given)
-    for name, loss in (_LM if part == "lm" else _LOGITS).items():
+    for name, loss in _OF_PART[part].items():
         row = {
             "part": part,
             "shape": shape,
@@ -105,11 +108,13 @@ def _in_float64(part: str, student_NC: Tensor, teacher_NC: Tensor, next_N: Tenso
         student, teacher, following = (given[at : at + 1024] for given in (student_NC, teacher_NC, next_N))
         leaf = student.detach().double().requires_grad_()
         rows = linear(leaf, head).log_softmax(-1)
-        if part == "lm":
-            loss = -rows.gather(1, following[:, None]).sum() / count
+        native = linear(teacher.double(), head).log_softmax(-1)
+        kl = (native.exp() * (native - rows)).sum() / count
+        told = -rows.gather(1, following[:, None])
+        if part == "both":  # one text, whose last token has no next
+            loss = _BOTH[0] * kl + _BOTH[1] * told[: count - 1 - at].sum() / (count - 1)
         else:
-            native = linear(teacher.double(), head).log_softmax(-1)
-            loss = (native.exp() * (native - rows)).sum() / count
+            loss = kl if part == "logits" else told.sum() / count
         grads.append(torch.autograd.grad(loss, leaf)[0])
         total += loss.detach()
     return total, torch.cat(grads)
@@ -149,6 +154,19 @@ def _liger_kl(student_NC: Tensor, teacher_NC: Tensor, _next: Tensor, head_VC: Te
     return found
 
 
+def _ours_both(student_NC: Tensor, teacher_NC: Tensor, next_N: Tensor, head_VC: Tensor) -> Tensor:
+    ids_BT = torch.cat((next_N[-1:], next_N[:-1]))[None]
+    return vocabulary.logits_kl_and_lm(student_NC[None], teacher_NC[None], ids_BT, head_VC, _BOTH)[0]
+
+
+def _sum_of(kl: Loss, lm: Loss) -> Loss:
+    def both(student_NC: Tensor, teacher_NC: Tensor, next_N: Tensor, head_VC: Tensor) -> Tensor:
+        of_lm = lm(student_NC[:-1], teacher_NC, next_N[:-1], head_VC)  # the last row has no next
+        return _BOTH[0] * kl(student_NC, teacher_NC, next_N, head_VC) + _BOTH[1] * of_lm
+
+    return both
+
+
 def _liger() -> Any:
     return import_module("liger_kernel.transformers.functional")
 
@@ -169,6 +187,18 @@ _LOGITS: dict[str, Loss] = {
     "liger-kernel": _liger_kl,
     "torch": _torch_kl,
     "torch, compiled": _compiled(_torch_kl),
+}
+# Those of libraries make the student's logits twice.
+_OF_PART: dict[str, dict[str, Loss]] = {
+    "lm": _LM,
+    "logits": _LOGITS,
+    "both": {
+        "ours": _ours_both,
+        "ours, one by one": _sum_of(_ours_kl, _ours_lm),
+        "liger-kernel": _sum_of(_liger_kl, _liger_lm),
+        "torch": _sum_of(_torch_kl, _torch_lm),
+        "torch, compiled": _compiled(_sum_of(_torch_kl, _torch_lm)),
+    },
 }
 
 

@@ -61,6 +61,14 @@ def load_sharded(
         device: of this process.
         world: all processes.
     """
+    model = empty_sharded(config, dtype, device, world)
+    _read(model, base, world)
+    model.train(False)
+    return model
+
+
+def empty_sharded(config: dict[str, Any], dtype: torch.dtype, device: torch.device, world: World) -> PreTrainedModel:
+    """The same model before anything is read: weights of whatever the memory held."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(transformers_config(config), dtype=dtype)  # type: ignore[no-untyped-call]
     assert isinstance(model, PreTrainedModel)
@@ -70,8 +78,6 @@ def load_sharded(
         fully_shard(layer, mesh=mesh, reshard_after_forward=False)
     model.to_empty(device=device)
     model.tie_weights()
-    _read(model, base, world)
-    model.train(False)
     return model
 
 

@@ -76,7 +76,7 @@ def _engine(results: Any) -> Iterator[list[str]]:
     for row in sorted(rows, key=_order):
         shape = row["shape"].upper() + (f" in {row['quantize'].replace('bit', ' bit')}" if row["quantize"] else "")
         shape += f", {row['memory_gib']:g} GiB" if "memory_gib" in row else ""
-        shape += f", {row['processes']} GPUs" * (row["processes"] > 1)
+        shape += f", {row['processes']} GPUs" * (row["processes"] > 1) + ", sharded" * row.get("shard", False)
         kept = f"{_both(row, 'kept')} of {row['layers']}"
         kept += f", attention of {_both(row, 'kept_attention')}" if any(row.get("kept_attention", ())) else ""
         yield [
@@ -110,16 +110,18 @@ def _peers(results: Any) -> Iterator[list[str]]:
     runs = [(run, run.get("alone", True)) for run in results["runs"]]
     rows = [(run, row, alone) for run, alone in runs for row in run["rows"] if "error" not in row]
     rows = [found for found in rows if found[2] or found[1]["peer"] == "ours"]
-    for run, row, alone in sorted(rows, key=lambda found: (_PARTS.index(found[1]["part"]), -found[1].get("hidden_size", 0))):
+    for run, row, alone in sorted(
+        rows, key=lambda found: (list(_PARTS).index(found[1]["part"]), -found[1].get("hidden_size", 0))
+    ):
         ours = run.get("ours", "ours") if row["part"] != "layers" else "ours"
         yield [
-            {"lm": "next-token loss", "logits": "logits' KL", "layers": f"{row.get('layers')} layers"}[row["part"]],
+            _PARTS[row["part"]].format(**row),
             row["shape"].upper(), row["peer"].replace("ours", ours), f"{row['fwd_bwd_ms']:.1f}" if alone else "",
             f"{row['extra_mib']:,.0f}", f"{row['gradient_error']:.1%}" if "gradient_error" in row else "",
         ]  # fmt: skip
 
 
-_PARTS = ("lm", "logits", "layers")
+_PARTS = {"lm": "next-token loss", "logits": "logits' KL", "both": "both at once", "layers": "{layers} layers"}
 _TABLES = {"kernel": _kernel, "hopper": _hopper, "engine": _engine, "peers": _peers}
 
 

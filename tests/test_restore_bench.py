@@ -80,15 +80,17 @@ def test_several_processes_are_held_against_the_newest_run_of_one(tmp_path: Path
 
 
 @pytest.mark.slow
-def test_two_processes_share_a_step(tmp_path: Path) -> None:
+@pytest.mark.parametrize("shard", ["off", "on"])
+def test_two_processes_share_a_step(tmp_path: Path, shard: str) -> None:
     out = tmp_path / "engine.json"
     words = ["--cpu", "--out", str(out), "--shapes", "tiny", "--windows", "64", "--recipes", "distill", "--steps", "1"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*torchrun, "-m", "restore.bench", *words, "--set", "rank=4", "batch_tokens=256"]
+    command = [*torchrun, "-m", "restore.bench", *words, "--set", "rank=4", "batch_tokens=256", f"shard={shard}"]
     ended = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     assert ended.returncode == 0, ended.stderr
     (row,) = runs(out)[0]["rows"]
-    assert (row["processes"], row["step_tokens"]) == (2, 256)
+    assert (row["processes"], row["step_tokens"], row["shard"]) == (2, 256, shard == "on")
+    assert row["tokens_per_s"] > 0
 
 
 def test_the_references_step_is_run_by_our_trainer_too_and_what_it_lacks_is_said(tmp_path: Path) -> None:

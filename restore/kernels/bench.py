@@ -29,7 +29,7 @@ from restore.kernels import cross_relation_kl, self_relation_kl
 from restore.kernels.bench_peers import peers
 from restore.kernels.bench_profile import profile
 
-LENGTHS = (1024, 4096, 8192, 16384, 32768, 65536, 131072)
+LENGTHS = (1024, 4096, 8192, 16384, 32768, 65536, 131072, 262144)
 MIB = 1 << 20
 PRODUCT_SIZE = 8192
 SAMPLED_ROWS = 1024

@@ -51,7 +51,7 @@ unit: setup
 test-slow: setup  ## The long checks that CI leaves out
 	$(BIN)/python -m pytest -m "slow and not gpu"
 
-server-real: setup  ## The server's fault rows on a real vLLM on this machine, for the record (6 minutes)
+server-real: setup  ## The server's fault rows on a real vLLM on this machine, for the record (6 to 11 minutes)
 	$(BIN)/python tests/real_faults.py docs/results/server-faults-cpu.json
 
 faults: setup  ## The fault matrix: each row, its test and its outcome

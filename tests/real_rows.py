@@ -63,12 +63,16 @@ def full(scene: Scene) -> str:
                 took_ms.append(1e3 * (time.monotonic() - started))
                 refused(answer, 429, "server_busy")
                 assert int(answer.headers["retry-after"]) >= 1
-        statuses = [future.result().status_code for future in asked]
+        answers = [future.result() for future in asked]
+    statuses = [answer.status_code for answer in answers]
     assert statuses == [200] * 3, statuses
+    written = [answer.json()["usage"]["completion_tokens"] for answer in answers]
+    assert written == [size] * 3, written
     preempted = scene.engine_metric("vllm:num_preemptions_total")
     assert preempted == 0, f"{preempted} preemptions"
     assert min(took_ms) < 50, took_ms
-    return f"429 with Retry-After in {min(took_ms):.0f} to {max(took_ms):.0f} ms; those that waited 200; preemptions 0"
+    quick = f"429 with Retry-After in {min(took_ms):.0f} to {max(took_ms):.0f} ms"
+    return f"{quick}; those let in and the one that waited 200, {size} tokens each; preemptions 0"
 
 
 @row("S9", "n, best_of, logprobs, max_tokens out of range")

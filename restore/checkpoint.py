@@ -108,9 +108,8 @@ def restore_optimizer(
         prefix = f"optimizer.{name}."
         moments = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
         if moments:
-            optimizer.state[parameter] = {
-                key: value.to(parameter.device) if value.dim() else value for key, value in moments.items()
-            }
+            # The count of steps too: a fused AdamW on a GPU takes none from the CPU.
+            optimizer.state[parameter] = {key: value.to(parameter.device) for key, value in moments.items()}
 
 
 def group(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:

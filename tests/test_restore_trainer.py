@@ -206,6 +206,19 @@ def test_a_stopped_run_resumes_bit_equal(make_trainer: Callable[..., Trainer], t
     assert losses("halves") == losses("whole")
 
 
+def test_all_that_an_optimizer_remembers_comes_back_to_where_its_parameters_are() -> None:
+    """The count of steps too, which a fused AdamW on a GPU refuses from the CPU; `meta` stands for another device."""
+    parameter = torch.nn.Parameter(torch.empty(2, device="meta"))
+    optimizer = torch.optim.AdamW([parameter])
+    kept = {f"optimizer.w.{name}": torch.ones(2) for name in ("exp_avg", "exp_avg_sq")} | {
+        "optimizer.w.step": torch.tensor(3.0)
+    }
+    checkpoint.restore_optimizer(kept, {"w": parameter}, optimizer)
+    assert {name: value.device.type for name, value in optimizer.state[parameter].items()} == {
+        "exp_avg": "meta", "exp_avg_sq": "meta", "step": "meta",
+    }  # fmt: skip
+
+
 def test_every_objective_at_once_with_jumps_facts_and_weighted_layers_resumes_bit_equal(
     make_trainer: Callable[..., Trainer], make_checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:

@@ -14,7 +14,7 @@ from restore.evaluation.results import Evaluation, NeedleScore, PerplexityScore
 from scripts.quality_table import ROOT, gather
 
 PICTURE = ROOT / "docs" / "images" / "before-after.svg"
-_FILE, _RUNS = "quality-SmolLM2-135M-Instruct.json", (35, 33, 36, 19, 20, 21, 22, 23)
+_FILE, _RUNS = "quality-SmolLM2-135M-Instruct.json", (35, 33, 36, 19, 20, 21, 22, 49, 52, 23, 51, 54)
 _NAMES = {"none": "stretched", "default": "restored"}
 
 

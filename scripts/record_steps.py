@@ -1,4 +1,4 @@
-"""Put on record what runs learnt by the documents they held out, and how large their gradients were.
+"""Put on record what runs learnt by the documents they held out, how large their gradients were, and how fast they were.
 
     python -m scripts.record_steps OUT.json RUN... [--commit SHA] [--machine NAME] [--note TEXT]
 
@@ -23,7 +23,7 @@ _SETTLING = 8
 
 
 def describe(run: Path) -> dict[str, Any]:
-    """Weights, tokens, held-out losses at the end, and gradient norms before clipping by whether a step has a long window."""
+    """Weights, tokens and their rate, held-out losses at the end, and gradient norms before clipping, by the kind of step."""
     config, rows = RestoreConfig.resolve(run / CONFIG, {}), metrics.read(run)
     steps = [row for row in rows if row["step"] > 0]
     settled = [row for row in steps if row["step"] > _SETTLING]
@@ -32,6 +32,7 @@ def describe(run: Path) -> dict[str, Any]:
     return {
         "run": run.name, "weights": config.weights, "seed": config.seed,
         "steps": steps[-1]["step"], "tokens": steps[-1]["tokens"],
+        "tokens_per_s": round(steps[-1]["tokens"] / sum(row["seconds"] for row in steps)),
         "held_out": {name: round(value, 4) for name, value in held_out.items()},
         "grad_norm": {
             "with_long_window": _spread(long), "without": _spread(others), "clipped_to": config.max_grad_norm,

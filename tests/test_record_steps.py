@@ -16,7 +16,8 @@ def test_held_out_losses_and_gradients_of_both_kinds_of_steps_are_put_beside_wha
     for step in range(1, 13):
         long = {"lm": 3.0} if step % 2 else {}
         rows.append(
-            {"step": step, "tokens": 10 * step, "logits": 1.0, "grad_norm": 100.0 if step <= 8 else 0.25 * step, **long}
+            {"step": step, "tokens": 10 * step, "seconds": 0.5, "logits": 1.0, "grad_norm": 100.0 if step <= 8 else 0.25 * step}
+            | long
         )
     rows[-1]["validation"] = {"loss": 4.0, "logits": 0.123456, "layer_kl": [1.0]}
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -28,6 +29,7 @@ def test_held_out_losses_and_gradients_of_both_kinds_of_steps_are_put_beside_wha
     (row,) = second["rows"]
     assert (row["run"], row["weights"], row["seed"]) == ("mine-yarn-3", {"logits": 2.0, "lm": 1.0}, 3)
     assert (row["steps"], row["tokens"], row["held_out"]) == (12, 120, {"loss": 4.0, "logits": 0.1235})
+    assert row["tokens_per_s"] == 20
     assert row["grad_norm"] == {
         "with_long_window": {"steps": 2, "median": 2.5, "most": 2.75},
         "without": {"steps": 2, "median": 2.75, "most": 3.0},

@@ -82,6 +82,7 @@ class Case:
             "long_window": plan.long_window if plan.long_windows else 0, "step_tokens": plan.round_tokens,
             "trainable": config.trainable, "rank": config.rank, "targets": [target[0] for target in config.targets],
             "dtype": config.dtype, "quantize": config.quantize, "processes": processes, "shard": config.shard == "on",
+            "recompute": config.recompute,
         }  # fmt: skip
 
 

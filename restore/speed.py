@@ -17,8 +17,9 @@ from restore.plan import Plan
 _RESULTS = Path(__file__).parent.parent / "docs" / "results"
 # What steps of a 7B model reached on an H100 by the first program, every layer recomputed.
 _ASSUMED = 0.3
-# Another GPU is as far away as twice the width, another recipe for the same windows as a tenth more.
-_OTHER_GPU, _OTHER_RECIPE = math.log(2), math.log(1.1)
+# Another GPU is as far away as twice the width; another recipe for the same windows, or other layers recomputed, as a tenth
+# more.
+_OTHER_GPU, _OTHER_RECIPE, _OTHER_RECOMPUTE = math.log(2), math.log(1.1), math.log(1.1)
 
 
 @dataclass(frozen=True)
@@ -108,6 +109,8 @@ def _told(row: Mapping[str, Any], gpu: Gpu, windows: str) -> Share:
 def _distance(row: Mapping[str, Any], gpu: Gpu, hidden_size: int, config: RestoreConfig) -> float:
     """How far a measured step is from one on `gpu` by a model so wide, windows apart."""
     otherwise = _OTHER_GPU * int(row["gpu"] != gpu) + _OTHER_RECIPE * int(row["recipe"] != config.recipe)
+    # A row that does not tell is of "auto".
+    otherwise += _OTHER_RECOMPUTE * int(row.get("recompute", "auto") != config.recompute)
     return _apart(row["hidden_size"], hidden_size) + otherwise
 
 

@@ -48,6 +48,7 @@ def picture(results: dict[str, Any], op: str = "self_relation", channels: int = 
 def engine_picture(results: dict[str, Any]) -> str:
     """An SVG of two panels: tokens/s and peak memory of steps of one kind of window, memory beside its forecast."""
     rows = [row for run in results["runs"] for row in run["rows"] if row["recipe"] in ALONE and "seconds" in row]
+    rows = [row for row in rows if row.get("recompute", "auto") == "auto"]
     every: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for row in sorted(rows, key=lambda row: (-row["hidden_size"], row["recipe"], row["window"] + row["long_window"])):
         every.setdefault((row["shape"], row["recipe"]), []).append(row)

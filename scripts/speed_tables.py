@@ -17,6 +17,9 @@ PAGES = [ROOT / "docs" / "kernel.md", ROOT / "docs" / "training.md"]
 _PLACE = re.compile(r"(<!-- (kernel|hopper|engine|peers) (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 # Lengths shown of all but the self-relation at 128 channels, which is shown whole.
 _OTHERS = (8192, 131_072)
+# What a row may have beside ours, all with its gradient: the prefix of its figures, its name, whether its memory is shown.
+_BESIDE = (("1024_rows", "1,024 of its rows", True), ("reference", "LinearARD", True), ("dense", "dense", False),
+           ("compiled", "compiled", False), ("flex", "FlexAttention", True))  # fmt: skip
 Row = dict[str, Any]
 
 
@@ -38,8 +41,9 @@ def _table(lines: Callable[[Any], Iterator[list[str]]], file: str) -> str:
 
 
 def _kernel(results: Any) -> Iterator[list[str]]:
-    yield ["relation", "D", "T", "ours, ms", "MiB", "TFLOP/s", "share", "LinearARD, ms", "MiB", "dense, ms", "compiled, ms",
-           "FlexAttention, ms", "MiB"]  # fmt: skip
+    beside = [found for found in _BESIDE if any(f"{found[0]}_fwd_bwd_ms" in row for row in results["rows"])]
+    heads = [head for _, title, memory in beside for head in [f"{title}, ms"] + ["MiB"] * memory]
+    yield ["relation", "D", "T", "ours, ms", "MiB", "TFLOP/s", "share", *heads]
     for row in results["rows"]:
         first = (row["op"], row["head_dim"]) == ("self_relation", 128)
         if not first and row["T"] not in _OTHERS:
@@ -47,15 +51,15 @@ def _kernel(results: Any) -> Iterator[list[str]]:
         name = "self" if row["op"] == "self_relation" else f"attention, {row['kv_heads']} key heads"
         yield [
             name, f"{row['head_dim']}", f"{row['T']:,}", f"{row['fwd_ms']:,.2f} / {row['fwd_bwd_ms']:,.2f}",
-            f"{row['extra_mib']:,.0f}", f"{row['tflops']:.0f}", f"{row['of_matmul']:.2f}", *_peer(row, "reference", True),
-            *_peer(row, "dense"), *_peer(row, "compiled"), *_peer(row, "flex", True),
+            f"{row['extra_mib']:,.0f}", f"{row['tflops']:.0f}", f"{row['of_matmul']:.2f}",
+            *(cell for prefix, _, memory in beside for cell in _beside(row, prefix, memory)),
         ]  # fmt: skip
 
 
-def _peer(row: Row, peer: str, memory: bool = False) -> list[str]:
-    if f"{peer}_fwd_bwd_ms" not in row:
+def _beside(row: Row, prefix: str, memory: bool) -> list[str]:
+    if f"{prefix}_fwd_bwd_ms" not in row:
         return [""] * (1 + memory)
-    return [f"{row[f'{peer}_fwd_bwd_ms']:,.1f}"] + [f"{row[f'{peer}_extra_mib']:,.0f}"] * memory
+    return [f"{row[f'{prefix}_fwd_bwd_ms']:,.1f}"] + [f"{row[f'{prefix}_extra_mib']:,.0f}"] * memory
 
 
 def _hopper(results: Any) -> Iterator[list[str]]:
@@ -88,13 +92,16 @@ def _engine(results: Any) -> Iterator[list[str]]:
 
 
 def _order(row: Row) -> tuple[Any, ...]:
-    """Wide models first, and of each the recipes that distil before those that only read."""
+    """Wide models first, of each the recipes that distil before those that only read, of those one GPU and a whole base."""
     return (
         -row["hidden_size"],
         row["recipe"] != "default",
         row["recipe"] == "linearard",
         row["window"] == 0,
         row["window"] or row["long_window"],
+        row["processes"],
+        row["quantize"] or "",
+        row.get("shard", False),
     )
 
 
@@ -105,19 +112,12 @@ def _both(row: Row, name: str) -> str:
 
 def _peers(results: Any) -> Iterator[list[str]]:
     yield ["part of a step", "shape", "by", "ms, forward and backward", "MiB beside what is there", "error of the gradient"]
-    # Two marks are set by hand: of a run beside others on its card, `alone` is false, and it tells no time, nor anything of its
-    # peers that a run alone did not; `ours` says which program of ours an earlier run timed.
-    runs = [(run, run.get("alone", True)) for run in results["runs"]]
-    rows = [(run, row, alone) for run, alone in runs for row in run["rows"] if "error" not in row]
-    rows = [found for found in rows if found[2] or found[1]["peer"] == "ours"]
-    for run, row, alone in sorted(
-        rows, key=lambda found: (list(_PARTS).index(found[1]["part"]), -found[1].get("hidden_size", 0))
-    ):
-        ours = run.get("ours", "ours") if row["part"] != "layers" else "ours"
+    rows = [row for run in results["runs"] for row in run["rows"] if "error" not in row]
+    for row in sorted(rows, key=lambda row: (list(_PARTS).index(row["part"]), -row.get("hidden_size", 0))):
         yield [
             _PARTS[row["part"]].format(**row),
-            row["shape"].upper(), row["peer"].replace("ours", ours), f"{row['fwd_bwd_ms']:.1f}" if alone else "",
-            f"{row['extra_mib']:,.0f}", f"{row['gradient_error']:.1%}" if "gradient_error" in row else "",
+            row["shape"].upper(), row["peer"], f"{row['fwd_bwd_ms']:.1f}", f"{row['extra_mib']:,.0f}",
+            f"{row['gradient_error']:.1%}" if "gradient_error" in row else "",
         ]  # fmt: skip
 
 

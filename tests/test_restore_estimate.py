@@ -39,9 +39,10 @@ def test_each_kind_of_window_takes_its_time_at_the_rate_that_was_measured_for_it
         tmp_path,
         "NVIDIA H100 80GB HBM3",
         {"window": 4096, "long_window": 0, "recipe": "linearard", "tflops": 1.0},
+        {"window": 4096, "long_window": 0, "recompute": "all", "tflops": 1.0},
         {"window": 4096, "long_window": 0, "tflops": 400.0},
         {"window": 0, "long_window": 32_768, "tflops": 500.0},
-        # Neither the first row nor these are like the run: another recipe,
+        # Neither the first two rows nor these are like the run: another recipe, every layer recomputed,
         # other windows, another width, several GPUs, another trainer, a case that did not fit.
         {"window": 32_768, "long_window": 0, "tflops": 1.0},
         {"window": 4096, "long_window": 0, "hidden_size": 576, "tflops": 1.0},
@@ -75,6 +76,20 @@ def test_another_gpu_lends_its_share_where_the_named_one_was_not_measured(tmp_pa
     assert share.source == "measured on H100 with 7b and 4,096 tokens (engine-H100.json)"
     results(tmp_path, "NVIDIA A100-SXM4-80GB", {"window": 4096, "long_window": 0, "tflops": 0.25 * 312})
     assert Speeds(tmp_path).share(A100, 4096, MIXED.config, 4096, distils=True).value == pytest.approx(0.25)
+
+
+def test_a_run_that_recomputes_every_layer_is_told_by_rows_that_did(tmp_path: Path) -> None:
+    """Counted work alone is in a rate, so that a step which repeats its layers is a slower one, and told apart."""
+    rows = [
+        {"window": 0, "long_window": 32_768, "recompute": "auto", "tflops": 0.6 * 989.4},
+        {"window": 0, "long_window": 32_768, "recompute": "all", "tflops": 0.4 * 989.4},
+    ]
+    for made in (rows, rows[::-1]):
+        results(tmp_path, "NVIDIA H100 80GB HBM3", *made)
+        for recompute, value in (("auto", 0.6), ("all", 0.4)):
+            case = Case("7b", 4096, {"rank": 128, "steps": 10, "recompute": recompute})
+            share = Speeds(tmp_path).share(H100, 4096, case.config, 32_768, distils=False)
+            assert share.value == pytest.approx(value)
 
 
 def test_a_step_of_both_kinds_of_windows_tells_more_than_windows_alone(tmp_path: Path) -> None:
@@ -173,7 +188,7 @@ def test_estimates_agree_with_what_was_measured_within_a_tenth(quick: bool) -> N
         name = f"{path.name}: {row['shape']}, {row['recipe']}, {row['window']} and {row['long_window']} tokens"
         settings = {name: row[name] for name in ("recipe", "rank", "dtype", "trainable", "quantize")}
         settings["targets"] = tuple(f"{letter}_proj" for letter in row["targets"])
-        settings |= {"steps": 1, "batch_tokens": row["step_tokens"]} | (
+        settings |= {"steps": 1, "batch_tokens": row["step_tokens"], "recompute": row.get("recompute", "auto")} | (
             {"long_window": row["long_window"]} if row["long_window"] else {}
         )
         case = Case(row["shape"], row["window"] or row["long_window"], settings)

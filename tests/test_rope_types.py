@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from scripts import rope_types
+from scripts import rope_table, rope_types
 
 
 def test_every_type_is_measured_and_kept(
@@ -24,3 +24,9 @@ def test_every_type_is_measured_and_kept(
     assert all(ppl.keys() == {"64", "256"} for ppl in found.values())
     assert len({ppl["256"] for ppl in found.values()}) >= 5, "they differ; a table of one factor is linear's"
     assert len(record["documents"]) == 2
+
+
+def test_the_page_shows_its_results() -> None:
+    text = rope_table.PAGE.read_text(encoding="utf-8")
+    assert "| yarn | 38.8 | " in text
+    assert rope_table.filled(text) == text, "run python -m scripts.rope_table"

@@ -1,6 +1,7 @@
 """The `ard` command: one subcommand a job, each imported only when it runs."""
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -227,10 +228,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         return job(given)
     except ArdError as error:
         print(f"ard {name}".rstrip() + f": {error}", file=sys.stderr)
-        return error.exit_code
+        return _ended(error.exit_code)
     except KeyboardInterrupt:
         print(f"ard {name}: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
+
+
+def _ended(code: int) -> int:
+    """`code`. One of several processes ends here and now: taking its NCCL group down would wait for the others for ever."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
 
 
 def _settings(

@@ -138,6 +138,14 @@ class Adapters:
             for name, parameter in adapter.learnt().items()
         }
 
+    def leave(self) -> None:
+        """Let go of the model they were attached to, and of their gradients, and move to the CPU; what they learnt stays."""
+        for adapter in self._by_weight.values():
+            adapter.base_layer = nn.Identity()
+            for parameter in adapter.learnt().values():
+                parameter.grad = None
+            adapter.to("cpu")
+
     @torch.no_grad()
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Copy values into the trainable parameters; names and shapes must match."""

@@ -1,7 +1,9 @@
 """GPUs by their data sheets: what a plan can reckon with before it has seen one; and CPUs that are slow in bf16."""
 
+import gc
 import logging
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -49,6 +51,7 @@ GPUS = {
 _OTHER_CARDS = ("PCIe", "NVL", "Laptop", "40GB", "4090 D")
 
 
+_FULL = re.compile(r"out of memory|ALLOC_FAILED|can't allocate memory", re.IGNORECASE)
 _log = logging.getLogger(__name__)
 
 
@@ -71,6 +74,39 @@ def deterministic(wanted: bool) -> Iterator[None]:
     finally:
         torch.use_deterministic_algorithms(before[0])
         torch.backends.cuda.enable_mem_efficient_sdp(before[1])
+
+
+def type_of(wanted: str) -> str:
+    """The type of device, "cuda" or "cpu", that is meant by one of these or "auto".
+
+    Raises:
+        UsageError: no CUDA device is visible.
+    """
+    available = torch.cuda.is_available()
+    if wanted == "cuda" and not available:
+        raise UsageError("device = cuda: no CUDA device is visible here; use --device cpu or auto")
+    return "cuda" if available and wanted != "cpu" else "cpu"
+
+
+def give_back() -> None:
+    """Let go of what nothing refers to any more; PyTorch's allocator would keep its blocks, and free memory look taken."""
+    gc.collect()
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        torch.cuda.empty_cache()
+
+
+def full(error: BaseException) -> str | None:
+    """The line of an error that says that memory ran out, on the host or the device; None of any other error.
+
+    CUDA, cuBLAS, NCCL, Triton and PyTorch's host allocator have no exception of their own for it.
+    """
+    if isinstance(error, MemoryError):
+        return str(error) or "host memory"
+    if not isinstance(error, RuntimeError):
+        return None
+    lines = str(error).splitlines() or [type(error).__name__]
+    found = next((line for line in lines if _FULL.search(line)), None)
+    return found or (lines[0] if isinstance(error, torch.OutOfMemoryError) else None)
 
 
 def is_fast(dtype: str, device_type: str) -> bool:

@@ -1,6 +1,5 @@
 """`ard eval`: measure models one after the other on the same text and tasks, compare them, and report."""
 
-import gc
 import logging
 import platform
 import time
@@ -16,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 import ard_serve
 from ard_serve.artifact import Manifest, read_manifest
 from ard_serve.console import progress
-from ard_serve.errors import UsageError
+from ard_serve.errors import ResourceError, UsageError
 from restore import data, devices, loading, report
 from restore.evaluation import compare, gate, harness, perplexity, preflight, retrieval, sliding, tasks
 from restore.evaluation.config import EvalConfig, GateConfig
@@ -51,8 +50,6 @@ def evaluate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config:
 
 def _evaluate(reader: Reader, tokenizer: PreTrainedTokenizerBase, config: EvalConfig, name: str) -> Evaluation:
     """Measure what is behind a reader; the lengths of `config` are stated."""
-    if not config.data:
-        raise UsageError("data: name held-out text to measure on; text the model was trained on proves nothing")
     started = time.monotonic()
     (sources, ids), bos = preflight.encode(tokenizer, config.data), data.bos_ids(tokenizer)
     windows = perplexity.cut_windows(ids, bos, config.lengths, config.windows)
@@ -105,8 +102,15 @@ def run(
     candidates = _candidates(folder, manifest, base, stretched, against, server)
     if server:
         _served(server, config)
+    preflight.check_folders([candidate.folder for candidate in candidates], config)
     out.mkdir(parents=True, exist_ok=True)
-    found = _measure(candidates, config)
+    try:
+        found = _measure(candidates, config)
+    except (RuntimeError, MemoryError) as error:
+        if (reason := devices.full(error)) is None:
+            raise
+        fewer = "shorter --lengths and --needle-lengths, fewer --batch-tokens" + ", --dtype bf16" * (config.dtype == "fp32")
+        raise ResourceError(f"out of memory ({reason}); give {fewer}, or measure it served (--server)") from None
     restoration = report.Restoration.from_manifest(manifest) if manifest else None
     if restoration and {"native", "restored"} <= {candidate.name for candidate in candidates}:
         verdict = gate.judge(found, GateConfig(), restoration.native_window)
@@ -134,7 +138,10 @@ def evaluate_restoration(restored: Path, base: Path, config: EvalConfig) -> Eval
 
 
 def _measure(candidates: "Sequence[Candidate]", config: EvalConfig) -> EvaluationReport:
-    """Check every folder and task before hours go into the first, then measure one model at a time."""
+    """Check every folder and task before hours go into the first, then measure one model at a time.
+
+    Text and prompts were checked before: by `run`, and before its training by a restoration.
+    """
     preflight.check_tasks(config)
     for folder in dict.fromkeys(candidate.folder for candidate in candidates):
         loading.inspect(folder)
@@ -149,7 +156,7 @@ def make_report(results: Sequence[Evaluation], config: EvalConfig) -> Evaluation
     return EvaluationReport(
         created_at=datetime.now(UTC).isoformat(timespec="seconds"),
         ard_serve_version=ard_serve.__version__,
-        machine=machine(),
+        machine=machine(config.device),
         config=config.model_dump(mode="json"),
         models=tuple(results),
         comparisons=tuple(comparisons),
@@ -178,16 +185,14 @@ class Candidate:
     def measure(self, settings: EvalConfig) -> Evaluation:
         """Evaluate the model and let go of its memory; the lengths of `settings` are stated."""
         found = _evaluate(self._open(settings), loading.load_tokenizer(self.folder), settings, self.name)
-        gc.collect()
+        devices.give_back()
         _log.info("%s: measured in %.0f s", self.name, found.seconds)
         return found.model_copy(update={"server": self.server})
 
     def _open(self, settings: EvalConfig) -> Reader:
         if self.server:
             return _served(self.server, settings)
-        device = settings.device
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = devices.type_of(settings.device)
         devices.warn_if_slow(settings.dtype, device)
         return Loaded(loading.load(self.folder, _DTYPES[settings.dtype], device, self.config), settings.batch_tokens)
 
@@ -237,7 +242,8 @@ def _tasks(reader: Reader, tokenizer: PreTrainedTokenizerBase, config: EvalConfi
         yield from harness.run_harness(reader, tokenizer, config.harness, config.limit)
 
 
-def machine() -> str:
-    """What computes here, as reports name it."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU threads"
+def machine(device_type: str = "auto") -> str:
+    """What computes here, as reports name it; `device_type` is "cuda", "cpu" or "auto", the first where there is one."""
+    on_gpu = device_type != "cpu" and torch.cuda.is_available()
+    device = torch.cuda.get_device_name() if on_gpu else f"{torch.get_num_threads()} CPU threads"
     return f"{device}, {platform.machine()}, torch {torch.__version__}"

@@ -9,20 +9,22 @@ import psutil
 import torch
 
 from ard_serve.errors import ResourceError, UsageError
+from restore import devices
 from restore.config import RestoreConfig
+from restore.evaluation.config import EvalConfig
 from restore.forecast import Forecast, forecast, most_kept
-from restore.inspection import read_config
+from restore.inspection import read_config, transformers_config
 from restore.loading import resolve
 from restore.model import Kept
 from restore.parallel import ALONE, World
 from restore.plan import Plan, plan_steps
 from restore.quantize import is_available
-from restore.rope import RopePlan
+from restore.rope import RopePlan, head_dim
 
 # Below these, a run would teach nothing worth having.
 _SHORTEST_WINDOW, _LOWEST_RANK = 512, 8
 _PROCESSES = (2, 4, 8, 16)
-_HOST_FULL = "DefaultCPUAllocator: can't allocate memory"
+_LONGEST_QUADRATIC = 4096
 
 
 def check_memory(
@@ -40,6 +42,7 @@ def check_memory(
     if config.shard == "on" and world.size == 1:
         raise UsageError("shard = on: one process has nobody to share with; start several with torchrun (docs/training.md)")
     ways = _ways(config, world)
+    world.any(False, device)  # the first message makes NCCL's own buffers, which are not free afterwards
     whole, free_bytes = forecast(base, rope, config), _free_bytes(device)
     for shard in ways:
         needed = whole.sharded(world.size) if shard == "on" else whole
@@ -49,6 +52,45 @@ def check_memory(
     remedy = smaller(base, rope, config, free_bytes, world.size if "on" in ways else 1)
     told = "; ".join([remedy, *otherwise(base, rope, config, whole, free_bytes)])
     raise ResourceError(f"{device}: this run needs about {needed}, {free_bytes / 1e9:.1f} GB are free; {told}")
+
+
+def check_evaluation(base: Mapping[str, Any], weights_bytes: int, settings: EvalConfig, device: torch.device) -> None:
+    """Refuse an evaluation that cannot fit on `device` once training has left it, before hours go into that.
+
+    Args:
+        base: config.json of the model.
+        weights_bytes: of the whole model in the evaluation's dtype.
+        settings: what is to be measured, its lengths stated.
+        device: of the evaluation.
+
+    Raises:
+        ResourceError: it does not fit, with the sizes and what would.
+    """
+    config, size = transformers_config(dict(base)), {"bf16": 2, "fp32": 4}[settings.dtype]
+    prompt = max(settings.needle_lengths) if settings.needle_samples else 0
+    longest = max(*settings.lengths, *settings.sliding, prompt, settings.batch_tokens)
+    kv_bytes = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim(dict(base)) * size * prompt
+    # Of one layer at a time: the inside of its MLP and some hidden states.
+    work_bytes = longest * (3 * config.intermediate_size + 6 * config.hidden_size) * size
+    needed_bytes, free_bytes = weights_bytes + kv_bytes + work_bytes, _free_bytes(device)
+    if needed_bytes > free_bytes:
+        sizes = (needed_bytes, weights_bytes, kv_bytes, work_bytes, free_bytes)
+        needed, weights, cache, work, free = (f"{number / 1e9:.1f} GB" for number in sizes)
+        raise ResourceError(
+            f"{device}: measuring the result needs about {needed} (weights {weights}, the cache of a needle prompt of {prompt} "
+            f"tokens {cache}, a layer's work {work}), {free} are free; add --no-evaluate and measure it served "
+            f"(ard eval --server), or state shorter evaluation.needle_lengths"
+        )
+
+
+def refuse_quadratic(config: RestoreConfig, plan: Plan, device_type: str) -> None:
+    """Refuse bit-equal fp32 over long windows on a GPU, where only the attention that makes [T, T] of each head gives that."""
+    longest = max(plan.window, plan.long_window)
+    if config.deterministic and config.dtype == "fp32" and device_type == "cuda" and longest > _LONGEST_QUADRATIC:
+        raise UsageError(
+            f"deterministic: a GPU's attention in fp32 over {longest} tokens would take memory by their square; "
+            f"use --dtype bf16, or --window and --long-window of at most {_LONGEST_QUADRATIC}"
+        )
 
 
 def kept_layers(base: Mapping[str, Any], rope: RopePlan, config: RestoreConfig, needed: Forecast, device: torch.device) -> Kept:
@@ -134,15 +176,15 @@ def _free_bytes(device: torch.device) -> int:
 
 
 @contextmanager
-def memory_errors(config: RestoreConfig, device_type: str) -> Iterator[None]:
-    """Turn running out of memory, on the device or the host, into one line that says what to shrink."""
+def memory_errors(config: RestoreConfig, device_type: str, remedy: str = "") -> Iterator[None]:
+    """Turn running out of memory, on the device or the host, into one line that says what to shrink, or gives the `remedy`."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        reason = (str(error).splitlines() or ["host memory"])[0]
-        # PyTorch's host allocator has no exception of its own.
-        if isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError) and _HOST_FULL not in reason:
+        if (reason := devices.full(error)) is None:
             raise
+        if remedy:
+            raise ResourceError(f"out of memory ({reason}); {remedy}") from None
         plan = plan_steps(config, config.plan_rope(read_config(resolve(config.model))))
         halves = f"--window {plan.window // 2} --long-window {plan.long_window // 2}"
         keeps = config.recompute == "none" or (config.recompute == "auto" and device_type == "cuda")

@@ -1,7 +1,7 @@
 """One restoration from end to end: check, load, train, merge, verify, measure, publish."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,8 @@ from restore.evaluation import gate, preflight
 from restore.evaluation.config import EvalConfig
 from restore.evaluation.results import EvaluationReport
 from restore.export import Assessment, Provenance, Reference, check_room, export
-from restore.fit import check_memory, kept_layers, memory_errors
+from restore.fit import check_evaluation, check_memory, kept_layers, memory_errors, refuse_quadratic
+from restore.forecast import forecast
 from restore.inspection import read_config
 from restore.loading import Checkpoint, inspect, load, load_tokenizer, resolve
 from restore.model import Kept, TwoFaced
@@ -33,7 +34,7 @@ from restore.runfolder import CHECKPOINTS, CONFIG, DATA, HELD_OUT, MODEL, Stoppe
 from restore.trainer import Trainer
 
 _REFERENCE_TOKENS = 256
-_NAMED_FAILURES = 3
+_EXPORT_LATER = "all training is saved; with more memory, or on the CPU (CUDA_VISIBLE_DEVICES= ): ard export {}"
 _log = logging.getLogger(__name__)
 
 
@@ -52,38 +53,45 @@ def run(config: RestoreConfig) -> int:
 
     Under torchrun every process calls this, and shares the training; the one that leads does all else.
     """
-    with devices.deterministic(config.deterministic), joined(_device_type(config)) as world, StopSignal() as stop:
+    with joined(devices.type_of(config.device)) as world, StopSignal() as stop:
         if world.leads:
             return _lead(config, world, stop)
-        with memory_errors(config, _device_type(config)):
-            loaded, trainer = _prepare(config, world)
-            state = trainer.train(lambda: stop.received is not None)
-            if loaded.faces.shards and state.step == trainer.plan.steps:
-                _reference(loaded)  # the process that leads needs everyone's shards for it
+        loaded, state, steps = _train(config, world, stop)
+        if loaded.faces.shards and state.step == steps:
+            _reference(loaded)  # the process that leads needs everyone's shards for it
         return stop.exit_code if stop.received else 0
 
 
 def _lead(config: RestoreConfig, world: World, stop: StopSignal) -> int:
     with locked(config.out):
         _refuse_overwriting(config)
-        with memory_errors(config, _device_type(config)):
-            loaded, trainer = _prepare(config, world)
-            state = trainer.train(lambda: stop.received is not None)
-        if stop.received is not None and state.step < trainer.plan.steps:
-            return _stopped(config, stop, f"at step {state.step} of {trainer.plan.steps}")
+        loaded, state, steps = _train(config, world, stop)
+        if state.step < steps:
+            return _stopped(config, stop, f"at step {state.step} of {steps}")
         measure = partial(_measure, loaded) if config.evaluate else None
         try:
             if not loaded.faces.shards:  # others wait for this process to put the model together, and that is soon done
                 stop.act_at_once()  # all training is saved, and an evaluation can take longer than anyone waits
-            _publish(loaded, state.step, state.tokens, config.out / MODEL, measure, machine())
+            _publish(loaded, state.step, state.tokens, config.out / MODEL, measure, machine(devices.type_of(config.device)))
         except Stopped:
             return _stopped(config, stop, f"after the last of {state.step} steps")
     return 0
 
 
+def _train(config: RestoreConfig, world: World, stop: StopSignal) -> tuple[Loaded, checkpoint.RunState, int]:
+    """Check, load and train until the last step or a signal: the model, where the run stands, and how many steps it has.
+
+    The trainer's own memory, optimizer and all, is free when this returns.
+    """
+    # What comes afterwards has no backward, and forward passes with a mask need what this rules out.
+    with devices.deterministic(config.deterministic), memory_errors(config, devices.type_of(config.device)):
+        loaded, trainer = _prepare(config, world)
+        return loaded, trainer.train(lambda: stop.received is not None), trainer.plan.steps
+
+
 def _stopped(config: RestoreConfig, stop: StopSignal, where: str) -> int:
-    assert stop.received is not None
-    console.err.print(f"stopped by {stop.received.name} {where}; go on with:", soft_wrap=True, highlight=False)
+    by = stop.received.name if stop.received else "another process, which was told to"
+    console.err.print(f"stopped by {by} {where}; go on with:", soft_wrap=True, highlight=False)
     console.err.print(f"ard restore --config {config.out / CONFIG} --resume", soft_wrap=True, highlight=False)
     return stop.exit_code
 
@@ -101,7 +109,7 @@ def export_run(folder: Path, out: Path | None, evaluation: Path | None, force: b
         raise UsageError(f"{folder}: not a restoration, it has no {CONFIG}; give the OUT of `ard restore`")
     config = RestoreConfig.resolve(folder / CONFIG, {"out": folder, "force": force})
     found = report.read(evaluation) if evaluation else None
-    with locked(folder), memory_errors(config, _device_type(config)):
+    with locked(folder), memory_errors(config, devices.type_of(config.device)):
         newest = checkpoint.load_newest(folder / CHECKPOINTS)
         if newest is None:
             raise UsageError(f"{folder}: no whole checkpoint to export; run `ard restore --config {folder / CONFIG}` first")
@@ -121,7 +129,8 @@ def _prepare(config: RestoreConfig, world: World) -> tuple[Loaded, Trainer]:
     plan = plan_steps(config, rope)
     _log.info("%s: %d tokens to %d, %s", folder, rope.native_window, rope.target_length, rope.rope_type)
     _log.info("%s", plan)
-    devices.warn_if_slow(config.dtype, _device_type(config))
+    devices.warn_if_slow(config.dtype, devices.type_of(config.device))
+    refuse_quadratic(config, plan, devices.type_of(config.device))
     train_documents, held_documents = split_documents(read_documents(config.data), config.validation_share, config.seed)
     settled, needed = check_memory(read_config(folder), rope, config, _device(config), world)
     _log.info("memory: about %s", needed)
@@ -134,11 +143,16 @@ def _prepare(config: RestoreConfig, world: World) -> tuple[Loaded, Trainer]:
         raise UsageError(
             "evaluate: a sharded model fits no device whole; add --no-evaluate and measure it served (ard eval --server)"
         )
+    tokenizer = load_tokenizer(folder)
+    if config.evaluate and world.leads:
+        whole = forecast(read_config(folder), rope, config.model_copy(update={"quantize": None})) if config.quantize else needed
+        check_evaluation(read_config(folder), whole.weights_bytes, _evaluation(config, rope), _device(config))
+        preflight.check(tokenizer, _evaluation(config, rope), None if config.evaluation.data else held_documents)
     loaded = _load(settled, world)
     loaded.faces.kept = kept
     trained = sum(parameter.numel() for parameter in loaded.faces.adapters.parameters())
     check_room(loaded.base, config.out / MODEL, checkpoint_bytes=checkpoint.room_bytes(config.out / CHECKPOINTS, trained))
-    tokenizer, vocab_size = load_tokenizer(folder), int(loaded.base.config["vocab_size"])
+    vocab_size = int(loaded.base.config["vocab_size"])
     train, held = (tokenize(documents, tokenizer, vocab_size) for documents in (train_documents, held_documents))
     weaver = Weaver(tokenizer, config.retrieval_spacing) if "retrieval" in config.weights else None
     trainer = Trainer(loaded.faces, settled, rope, train, held, config.out, world, weaver)
@@ -148,8 +162,6 @@ def _prepare(config: RestoreConfig, world: World) -> tuple[Loaded, Trainer]:
         source = ", ".join(config.data)
         record = DataRecord(source=source, documents=train.documents, tokens=len(train.ids), sha256=train.sha256)
         (config.out / DATA).write_text(record.model_dump_json(indent=2) + "\n", encoding="utf-8")
-        if config.evaluate:
-            preflight.check(tokenizer, _evaluation(config, rope))
     return loaded, trainer
 
 
@@ -220,14 +232,18 @@ def _publish(
         report.print_summary(found)
         paths = report.write(found, config.out, judged, steps_done)
         if verdict.failures and not config.force:
-            raise QualityGateError(_refusal(verdict.failures, config.out))
+            raise QualityGateError(gate.refusal(verdict.failures, config.out))
         return Assessment(
             report.model_card(judged, found), _quality(found, verdict.served_limit), tuple(paths), forced=bool(verdict.failures)
         )
 
     provenance = Provenance(config.model, recipe, data)
-    with memory_errors(config, _device_type(config)):
-        export(loaded.base, rope, loaded.faces.adapters.delta, out, provenance, reference=_reference(loaded), assess=assess,
+    with memory_errors(config, devices.type_of(config.device), _EXPORT_LATER.format(config.out)):
+        reference = _reference(loaded)
+        if not loaded.faces.shards:
+            loaded.faces.let_go()  # the export is loaded next, and then the models it is compared with
+            devices.give_back()
+        export(loaded.base, rope, loaded.faces.adapters.delta, out, provenance, reference=reference, assess=assess,
                device="cpu" if loaded.faces.shards or config.quantize else _device(config))  # fmt: skip
     console.out.print(f"restored model: {out}", highlight=False, soft_wrap=True)
 
@@ -235,15 +251,6 @@ def _publish(
 def _quality(found: EvaluationReport, served_limit: int | None) -> Quality:
     scores = {model.name: model.scores for model in found.models if model.name in ("native", "stretched", "restored")}
     return Quality(**scores, served_limit=served_limit)
-
-
-def _refusal(failures: Sequence[str], out: Path) -> str:
-    more = f" and {len(failures) - _NAMED_FAILURES} more" if len(failures) > _NAMED_FAILURES else ""
-    return (
-        f"not published, worse than its limits: {'; '.join(failures[:_NAMED_FAILURES])}{more}; see {out / 'report.html'}. "
-        f"Train on more tokens or lower the limits (gate), or publish it as it is: "
-        f"ard export {out} --evaluation {out / 'evaluation.json'} --force"
-    )
 
 
 @torch.no_grad()
@@ -257,10 +264,9 @@ def _reference(loaded: Loaded) -> Reference:
 
 
 def _unquantised(loaded: Loaded) -> TwoFaced:
-    """The adapters on the weights that they will be added to, on the CPU; the device is freed for what comes next."""
+    """The adapters on the weights that they will be added to, on the CPU."""
     config = loaded.config.model_copy(update={"quantize": None})
     model = load(loaded.base.folder, _dtype(config), "cpu", loaded.rope.native_config(loaded.base.config))
-    loaded.faces.model.to("cpu")  # type: ignore[arg-type]
     faces = TwoFaced(model, loaded.rope, config)
     faces.adapters.load_state({name: value.detach() for name, value in loaded.faces.adapters.state().items()})
     _log.info("trained on a %s base; the adapters are added to the original weights", loaded.config.quantize)
@@ -279,15 +285,8 @@ def _refuse_overwriting(config: RestoreConfig) -> None:
 
 
 def _device(config: RestoreConfig) -> torch.device:
-    kind = _device_type(config)
+    kind = devices.type_of(config.device)
     return torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else torch.device(kind)
-
-
-def _device_type(config: RestoreConfig) -> str:
-    available = torch.cuda.is_available()
-    if config.device == "cuda" and not available:
-        raise UsageError("device = cuda: no CUDA device is visible here; use --device cpu or auto")
-    return "cuda" if available and config.device != "cpu" else "cpu"
 
 
 def _dtype(config: RestoreConfig) -> torch.dtype:

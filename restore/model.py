@@ -72,6 +72,11 @@ class TwoFaced:
         }
         model.model.rotary_emb = self.rotary["student"]
 
+    def let_go(self) -> None:
+        """Free the frozen weights. The adapters keep what they learnt, on the CPU; nothing can be read any more."""
+        self.adapters.leave()
+        del self.model, self.rotary
+
     @property
     def layers(self) -> nn.ModuleList:
         layers = self.model.model.layers

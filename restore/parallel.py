@@ -84,10 +84,10 @@ def joined(device_type: str) -> Iterator[World]:
     if not world.leads:
         console.err.quiet = console.out.quiet = True
         logging.getLogger().setLevel(logging.ERROR)
-    try:
-        yield world
-    finally:
-        distributed.destroy_process_group()
+    yield world
+    # Not where this process fails: NCCL waits there for the others, and those wait for this one in their step. The command line
+    # ends the process at once, which torchrun sees.
+    distributed.destroy_process_group()
 
 
 def _gradient(parameter: nn.Parameter) -> Tensor:

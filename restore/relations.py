@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -60,6 +61,11 @@ def hook(model: PreTrainedModel) -> None:
     model.set_attn_implementation(_NAME)
 
 
+def is_cuda_fp32(query: Tensor) -> bool:
+    """Whether shared key heads would leave PyTorch the attention that makes [T, T]: the only other one for fp32 takes none."""
+    return query.is_cuda and query.dtype == torch.float32
+
+
 def _attention(
     module: nn.Module,
     query: Tensor,
@@ -74,5 +80,7 @@ def _attention(
         relation_sink.relations = Relations(query, key, value)
         if not relation_sink.attends:
             raise Taken
+    if key.shape[1] != query.shape[1] and is_cuda_fp32(query):
+        key, value = (x.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for x in (key, value))
     with attending():
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)

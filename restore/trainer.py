@@ -74,7 +74,8 @@ class Trainer:
         self._device = faces.model.device
         self._counter = Counter(faces.model.config.to_dict(), config)
         self._gpu = devices.named(self._device)
-        self._fingerprint = _fingerprint(config, train, validation) | {"processes": world.size}
+        threads = {"threads": torch.get_num_threads()} if self._device.type == "cpu" else {}  # a GPU's bits do not depend on it
+        self._fingerprint = _fingerprint(config, train, validation) | {"processes": world.size} | threads
         self._state = RunState(0, 0, math.inf, best_step=-1, best_loss=math.inf, fingerprint=self._fingerprint)
         self._best: dict[str, Tensor] = {}
 
@@ -119,6 +120,7 @@ class Trainer:
                 if stop:
                     return self._state
                 self._refuse_divergence(row)
+        self._refuse_divergence({})  # of a run that was refused at its last step, and is resumed after it
         self._faces.adapters.load_state(self._best)
         _log.info("best weights: step %d, validation loss %.4f", self._state.best_step, self._state.best_loss)
         return self._state
@@ -130,8 +132,9 @@ class Trainer:
         in_vain = state.step == self.plan.steps and state.best_step == 0
         if loss > _DIVERGED * first or in_vain:
             self._save()
+            told = f"validation loss {loss:.4g}, {first:.4g} before training: " if row else ""
             raise NumericsError(
-                f"step {state.step}: validation loss {loss:.4g}, {first:.4g} before training: the run "
+                f"step {state.step}: {told}the run "
                 f"{'made nothing better' if in_vain else 'diverged'}. The best weights, of step {state.best_step}, are in "
                 f"{self._folder / CHECKPOINTS}; try a lower --learning-rate than {self.peak_rate}"
             )
@@ -277,10 +280,10 @@ def _fingerprint(config: RestoreConfig, train: TokenStream, validation: TokenStr
     """What must be equal for a resumed run to be the run it goes on with."""
     free = {
         "out", "resume", "resume_changed", "evaluate", "evaluation", "gate", "checkpoint_every", "recompute",
-        "gpu_memory_utilization", "device", "data", "model",
+        "gpu_memory_utilization", "device", "data", "model", "shard",
     }  # fmt: skip
     settings: dict[str, Any] = config.spelled_out().model_dump(mode="json", exclude=free)
-    return settings | {"train data": train.sha256, "validation data": validation.sha256, "threads": torch.get_num_threads()}
+    return settings | {"train data": train.sha256, "validation data": validation.sha256}
 
 
 def _add(sums: dict[str, Tensor], parts: dict[Any, Tensor], share: float) -> None:

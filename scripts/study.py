@@ -36,6 +36,7 @@ from ard_serve.settings import Settings
 from restore import evaluate, metrics, report
 from restore.config import RestoreConfig
 from restore.evaluate import Candidate
+from restore.evaluation import preflight
 from restore.evaluation.config import EvalConfig
 from restore.evaluation.results import Evaluation
 from restore.inspection import read_config
@@ -81,9 +82,23 @@ class Work:
         runs = dict(self.runs())
         if unknown := set(self.chosen) - runs.keys():
             raise UsageError(f"runs: no {', '.join(sorted(unknown))} in this study; it has {', '.join(runs)}")
+        for name in self.chosen or runs:
+            self.check(runs[name])
         for name, config in runs.items():
             if (not self.chosen or name in self.chosen) and self.train(config):
                 self.measure(name, config)
+
+    def check(self, config: RestoreConfig) -> None:
+        """Refuse what cannot be measured before anything is trained for it; once for all pieces, it reads all the text."""
+        base = Path(self.study.model)
+        rope = config.plan_rope(read_config(base))
+        settings = self.study.evaluation.for_target(rope.target_length, rope.native_window)
+        checked = self.out / f"evaluation-{rope.target_length}.checked"
+        with self.alone("checked"):
+            told = settings.model_dump_json() + "\n"
+            if not checked.exists() or checked.read_text(encoding="utf-8") != told:
+                preflight.check_folders([base], settings)
+                checked.write_text(told, encoding="utf-8")
 
     def runs(self) -> Iterator[tuple[str, RestoreConfig]]:
         for seed in self.study.seeds:

@@ -63,6 +63,8 @@ def gpu_memory_bytes() -> tuple[int, ...]:
     if not (tool := shutil.which("nvidia-smi")):
         return ()
     query = [tool, "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
+        query.append(f"--id={visible}")  # the driver shows all of them, whatever CUDA may see
     try:
         answer = subprocess.run(query, capture_output=True, text=True, timeout=_NVIDIA_SMI_TIMEOUT_S, check=False)
     except subprocess.TimeoutExpired:

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 from restore.config import RestoreConfig
 from scripts import record_steps
@@ -12,7 +13,7 @@ def test_held_out_losses_and_gradients_of_both_kinds_of_steps_are_put_beside_wha
     run.mkdir()
     fields = {"model": "m", "target_length": 64, "data": ["d"], "out": run, "seed": 3, "objectives": {"logits": 2.0, "lm": 1.0}}
     RestoreConfig.resolve(None, fields).save(run / "config.yaml")
-    rows: list[dict[str, object]] = [{"step": 0, "validation": {"loss": 9.0}}]
+    rows: list[dict[str, Any]] = [{"step": 0, "validation": {"loss": 9.0}}]
     for step in range(1, 13):
         long = {"lm": 3.0} if step % 2 else {}
         rows.append(

@@ -70,6 +70,40 @@ def test_a_paragraph_is_hidden_once_among_those_of_other_titles(
         assert prompt.score(f" It was {prompt.answers[0]}.") == 1.0
 
 
+def test_every_other_title_lends_its_paragraphs(tokenizer: PreTrainedTokenizerBase, book: Haystack, tmp_path: Path) -> None:
+    """SQuAD's other half of titles has 64,815 tokens of SmolLM2, a study's prompt of 65,536 wanted 65,300."""
+    items = paragraphs(30)
+    for item in items[::3]:
+        items += [item | {"context": f"A second paragraph on {item['title']} tells nothing."}]
+    items += [items[1] | {"title": "Town 2"}]  # a paragraph of two titles is evidence for both
+    reading = Reading(write(tmp_path / "towns.jsonl", items), tokenizer, book)
+    length, own = 2700, sum(len(tokenizer.encode(str(item["context"]))) for item in items)
+    assert own / 2 < length - 300 < own
+    titles = set()
+    for sample in range(len(items)):
+        prompt = reading.prompt(length, 0.5, sample, seed=0)
+        text = book.decode(prompt.ids)
+        town = int(prompt.answers[0]) - 1000
+        titles.add(town)
+        assert len(prompt.ids) + prompt.new_tokens == length
+        seen = [f"founded in the year {1000 + town} by" in text, f"A second paragraph on Town {town} tells" in text]
+        assert sum(seen) == 1, "its own title's paragraphs are not in there, but for the evidence"
+        assert text.count(f"founded in the year {1000 + town} by") <= 1
+    assert len(titles) == 30, "every title is asked about"
+
+
+def test_too_few_paragraphs_are_named_by_task_file_and_title(book: Haystack, tmp_path: Path) -> None:
+    path = write(tmp_path / "towns.jsonl", paragraphs(10))
+    fields = {"data": ("x",), "needle_lengths": (600, 5000), "needle_tasks": (), "reading": (str(path),)}
+    expected = (
+        r"^towns: .*/towns\.jsonl, paragraphs of titles other than 'Town \d': \d+ tokens are too few, a prompt of 5000 needs"
+    )
+    with pytest.raises(DataError, match=expected):
+        retrieval.check(book, EvalConfig.model_validate(fields))
+    with pytest.raises(DataError, match=r"^single: the longest document: \d+ tokens are too few, a prompt of 5000 needs"):
+        retrieval.check(book, EvalConfig.model_validate(fields | {"needle_tasks": ("single",), "reading": ()}))
+
+
 def test_the_same_questions_are_asked_at_every_length_and_depth(
     tokenizer: PreTrainedTokenizerBase, book: Haystack, tmp_path: Path
 ) -> None:

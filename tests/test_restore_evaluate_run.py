@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,9 @@ import torch
 
 from ard_serve import artifact
 from ard_serve.errors import DataError, UsageError
-from restore import evaluate, loading
+from restore import evaluate, job, loading
+from restore.config import RestoreConfig
+from restore.evaluation import preflight
 from restore.evaluation.config import EvalConfig
 from restore.evaluation.results import Evaluation, EvaluationReport
 from restore.inspection import read_config
@@ -161,6 +164,63 @@ def test_tasks_are_read_before_any_model_is(base: Path, texts: Path, tmp_path: P
     with pytest.raises(UsageError, match="lm-eval"):
         evaluate.run(str(base), settings(texts, harness=("no such task",)), tmp_path / "out")
     assert "measured in" not in caplog.text
+
+
+def towns(path: Path, count: int) -> str:
+    items = [
+        {"title": f"Town {i}", "context": f"It has {i} mills.", "question": "How many?", "answers": [f"{i}"]}
+        for i in range(count)
+    ]
+    path.write_text("".join(json.dumps(item) + "\n" for item in items))
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("fields", "refusal"),
+    [
+        ({"lengths": (64, 100_000)}, "the longest window 100000"),
+        ({"sliding": (100_000,)}, "the longest sliding window 100000"),
+        ({"needle_lengths": (512, 100_000)}, "single: the longest document: .* a prompt of 100000 needs"),
+        ({"reading": ("towns.jsonl",)}, r"towns: .*towns\.jsonl, paragraphs of titles other than .* a prompt of 512 needs"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_before_any_model_is_loaded(
+    base: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fields: dict[str, Any], refusal: str
+) -> None:
+    """Needles came after minutes of perplexity, and the longest of them last."""
+    loaded: list[Path] = []
+    monkeypatch.setattr(loading, "load", lambda folder, *_: loaded.append(folder))
+    monkeypatch.setattr("restore.job.load", loading.load)
+    towns(tmp_path / "towns.jsonl", 12)
+    monkeypatch.chdir(tmp_path)
+    config = settings(texts, **fields)
+    with pytest.raises(DataError, match=refusal):
+        evaluate.run(str(base), config, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    # A restoration that is to be measured on its own held-out documents, and one that names its text.
+    shared = {
+        "model": str(base), "data": [str(texts)], "target_length": 512, "batch_tokens": 512, "window": 128, "long_window": 256,
+        "rank": 2, "steps": 2, "dtype": "fp32", "device": "cpu", "validation_share": 0.3, "out": tmp_path / "run",
+    }  # fmt: skip
+    for data in ([], [str(texts)]):
+        evaluation = config.model_dump(exclude_unset=True) | {"data": data}
+        with pytest.raises(DataError, match=refusal):
+            job.run(RestoreConfig.resolve(None, shared | {"evaluation": evaluation}))
+    assert loaded == []
+
+
+def test_models_that_share_a_tokenizer_are_checked_once(
+    base: Path, exported: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It reads all of the text, which takes a while."""
+    checked: list[int] = []
+    monkeypatch.setattr(preflight, "check", lambda tokenizer, _: checked.append(len(tokenizer)))
+    other = tmp_path / "other"
+    shutil.copytree(base, other)
+    words = (other / "tokenizer.json").read_text()
+    (other / "tokenizer.json").write_text(words + "\n")
+    preflight.check_folders([base, base, exported, other], settings(texts))
+    assert len(checked) == 2
 
 
 def test_one_loaded_model_can_be_measured_as_it_is(base: Path, texts: Path) -> None:

@@ -347,6 +347,20 @@ def test_a_run_that_diverges_or_teaches_nothing_ends_with_its_best_weights_kept(
     assert all(not value.any() for name, value in best.items() if name.endswith("lora_B"))
 
 
+def test_a_run_that_taught_nothing_is_refused_again_when_it_is_resumed_after_its_last_step(
+    make_trainer: Callable[..., Trainer],
+) -> None:
+    for resume in (False, True):
+        with pytest.raises(NumericsError, match="the run made nothing better"):
+            make_trainer(learning_rate=1e-12, steps=2, validation_every=1, resume=resume).train()
+
+
+def test_a_run_may_be_sharded_otherwise_when_it_is_resumed(make_trainer: Callable[..., Trainer]) -> None:
+    """`auto` is settled by free memory, which is no part of what a run is; a sharded step has the bits of a whole one."""
+    make_trainer(shard="off").train(lambda: True)
+    assert make_trainer(shard="auto", resume=True).train().step == 6
+
+
 @pytest.mark.fault("R12")
 def test_a_full_disk_keeps_the_last_good_checkpoint(
     make_trainer: Callable[..., Trainer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -283,6 +283,17 @@ def test_a_driver_that_hangs_is_named(tmp_path: Path, monkeypatch: pytest.Monkey
         capacity.gpu_memory_bytes()
 
 
+def test_only_gpus_that_cuda_may_see_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text('#!/bin/sh\ncase "$*" in *--id=1*) echo 80000 ;; *) echo 24000; echo 80000 ;; esac\n')
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert capacity.gpu_memory_bytes() == (24000 << 20, 80000 << 20)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    assert capacity.gpu_memory_bytes() == (80000 << 20,)
+
+
 @pytest.mark.parametrize("fields", [{"hidden_size": None}, {"max_position_embeddings": 0}, {"max_position_embeddings": "512"}])
 def test_an_impossible_config_is_a_model_error(tmp_path: Path, fields: dict[str, object]) -> None:
     folder = write_model(tmp_path / "model")

@@ -82,6 +82,34 @@ def test_a_study_is_done_in_pieces(settings: Path, tmp_path: Path, monkeypatch: 
     assert (tmp_path / "work" / "ours-yarn-3" / "report.html").exists()
 
 
+def test_what_cannot_be_measured_is_refused_before_a_run_and_asked_once(
+    settings: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A study trained two models, and then its longest questions had too little text."""
+    commands: list[str] = []
+
+    def diverges(self: study.Work, *words: str) -> int:
+        commands.append(words[0])
+        return 6
+
+    monkeypatch.setattr(study.Work, "ard", diverges)
+    fields = yaml.safe_load(settings.read_text())
+    fields["evaluation"] |= {"needle_samples": 1, "needle_lengths": [600, 100_000]}
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(fields))
+    words = [str(tmp_path / "study.yaml"), "--out", str(tmp_path / "work"), "--results", str(tmp_path)]
+    assert study.main(words) == 4
+    assert "study: single: the longest document: " in capsys.readouterr().err
+    assert commands == []
+
+    fields["evaluation"]["needle_lengths"] = [600]
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(fields))
+    checked: list[EvalConfig] = []
+    monkeypatch.setattr("restore.evaluation.preflight.check_folders", lambda _, settings: checked.append(settings))
+    assert study.main([*words, "--runs", "ours-yarn-3"]) == 0
+    assert study.main([*words, "--runs", "ours-yarn-4"]) == 0
+    assert (commands, [each.needle_lengths for each in checked]) == (["restore"] * 2, [(600,)])
+
+
 def test_a_run_that_diverges_is_left_out_and_any_other_mistake_ends_the_study(
     settings: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,9 +1,10 @@
 """Is a restored model good enough to be published, and up to which length: limits held against what was measured."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
+from pathlib import Path
 from typing import Literal
 
 from ard_serve.errors import UsageError
@@ -13,6 +14,7 @@ from restore.evaluation.results import Evaluation, EvaluationReport, TaskScore, 
 
 # A retention below its limit by less than this many standard errors may be chance.
 _STANDARD_ERRORS = 2.0
+_NAMED_FAILURES = 3
 
 
 @dataclass(frozen=True)
@@ -102,3 +104,13 @@ def _inside(scores: dict[int, float], length: int, native_window: int) -> float 
 def _difference_stderr(task: TaskScore, other: TaskScore) -> float:
     """Standard error of the difference of two scores on the same items."""
     return mean_stderr(tuple(b - a for a, b in zip(task.correct, other.correct, strict=True))) or 0.0
+
+
+def refusal(failures: Sequence[str], out: Path) -> str:
+    """One line for whoever must be told that the run in `out` is not published."""
+    more = f" and {len(failures) - _NAMED_FAILURES} more" if len(failures) > _NAMED_FAILURES else ""
+    return (
+        f"not published, worse than its limits: {'; '.join(failures[:_NAMED_FAILURES])}{more}; see {out / 'report.html'}. "
+        f"Train on more tokens or lower the limits (gate), or publish it as it is: "
+        f"ard export {out} --evaluation {out / 'evaluation.json'} --force"
+    )

@@ -53,9 +53,15 @@ class Prompt:
 class Haystack:
     """Text as tokens, with the places where a sentence ends."""
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase", documents: Sequence[np.ndarray], bos: Sequence[int]) -> None:
-        """Use the longest document, so that no prompt changes its book half-way."""
-        self.tokenizer, self.bos = tokenizer, list(bos)
+    def __init__(
+        self,
+        tokenizer: "PreTrainedTokenizerBase",
+        documents: Sequence[np.ndarray],
+        bos: Sequence[int],
+        origin: str = "the longest document",
+    ) -> None:
+        """Use the longest document, so that no prompt changes its book half-way; `origin` is what errors call it."""
+        self.tokenizer, self.bos, self._origin = tokenizer, list(bos), origin
         self.ids = max(documents, key=len, default=np.zeros(0, dtype=np.int64))
         distinct = np.unique(self.ids)
         ends = [bool(_SENTENCE_END.search(text)) for text in tokenizer.batch_decode([[i] for i in distinct.tolist()])]
@@ -111,8 +117,8 @@ class Haystack:
             raise DataError(f"a needle prompt of {length} tokens leaves no room for text: use longer --needle-lengths")
         if tokens > len(self.ids):
             raise DataError(
-                f"the longest text has {len(self.ids)} tokens, a needle prompt of {length} needs {tokens}: "
-                "give a longer document or shorter --needle-lengths"
+                f"{self._origin}: {len(self.ids)} tokens are too few, a prompt of {length} needs {tokens}; "
+                "give a longer text or shorter --needle-lengths"
             )
         start = int(generator.integers(0, len(self.ids) - tokens + 1))
         return slice(start, start + tokens)

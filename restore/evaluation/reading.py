@@ -20,6 +20,7 @@ from restore.evaluation.haystack import Haystack, Prompt, Quiz, has_words
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_SEPARATOR = "\n\n"
 _INTRO = "Answer the question from the following text. Give only the answer and no other words.\n\n"
 
 
@@ -32,18 +33,14 @@ class Reading:
         Raises:
             DataError: names the file and the line that is of no known kind.
         """
-        self.name = path.stem
-        items = _read(path)
-        if "facts" in items[0]:
-            self._items, self._haystack = items, book
-            return
-        # Titles that are asked about never serve as distractors, so that the evidence is in the prompt once.
-        titles = sorted({str(item["title"]) for item in items})
-        asked = set(titles[::2])
-        self._items = [item for item in items if item["title"] in asked]
-        others = dict.fromkeys(str(item["context"]) for item in items if item["title"] not in asked)
-        ids = tokenizer("\n\n".join(others), add_special_tokens=False, verbose=False)["input_ids"]
-        self._haystack = Haystack(tokenizer, [np.array(ids)], book.bos)
+        self.name, self._path, self._tokenizer, self._book = path.stem, path, tokenizer, book
+        self._items = _read(path)
+        self._titles: dict[str, set[str]] = {}  # of each paragraph, in the file's order
+        for item in self._items:
+            if "facts" not in item:
+                self._titles.setdefault(item["context"].strip(), set()).add(item["title"])
+        self._ids = [np.array(book.encode(_SEPARATOR + paragraph)) for paragraph in self._titles]
+        self._among: dict[str, Haystack] = {}
 
     def prompt(self, length: int, depth: float, sample: int, seed: int) -> Prompt:
         """Prompt number `sample`; the same question at every length and depth.
@@ -54,7 +51,22 @@ class Reading:
         order = np.random.default_rng((seed, zlib.crc32(self.name.encode()))).permutation(len(self._items))
         item = self._items[order[sample % len(order)]]
         generator = np.random.default_rng((seed, length, round(1000 * depth), sample))
-        return self._haystack.hide(_quiz(item), length, depth, generator)
+        haystack = self._book if "facts" in item else self._others(item["title"])
+        return haystack.hide(_quiz(item), length, depth, generator)
+
+    def _others(self, title: str) -> Haystack:
+        """The paragraphs of every other title, so that the evidence is in the prompt once.
+
+        Also what other questions ask about: half of SQuAD's titles, kept apart as distractors, are too few for 65,536 tokens.
+        What is still too short is refused. Repeated paragraphs, or a book behind them, would make the long prompts another task
+        than the short ones: evidence that is in there once stands out among copies, as an encyclopedia's does in a novel.
+        """
+        if title not in self._among:
+            others = [ids for ids, titles in zip(self._ids, self._titles.values(), strict=True) if title not in titles]
+            text = np.concatenate(others) if others else np.zeros(0, dtype=np.int64)
+            origin = f"{self._path}, paragraphs of titles other than '{title}'"
+            self._among[title] = Haystack(self._tokenizer, [text], self._book.bos, origin)
+        return self._among[title]
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
@@ -88,7 +100,7 @@ def _quiz(item: dict[str, Any]) -> Quiz:
         raise ValueError("an item needs an answer and evidence")
     return Quiz(
         _INTRO,
-        tuple(f" {text.strip()}" if scattered else f"\n\n{text.strip()}\n\n" for text in evidence),
+        tuple(f" {text.strip()}" if scattered else _SEPARATOR + text.strip() + _SEPARATOR for text in evidence),
         f"\n\nQuestion: {item['question']}\nAnswer:",
         tuple(filter(has_words, answers)),
         judge="any",

@@ -6,6 +6,7 @@ from itertools import groupby, product
 from pathlib import Path
 
 from ard_serve.console import progress
+from ard_serve.errors import DataError
 from restore.evaluation.config import EvalConfig, NeedleTask
 from restore.evaluation.haystack import Haystack, Prompt
 from restore.evaluation.needles import needle_prompt
@@ -48,11 +49,19 @@ def _makers(haystack: Haystack, config: EvalConfig) -> dict[str, _Maker]:
     for path in map(Path, config.reading):
         reading = Reading(path, haystack.tokenizer, haystack)
         makers[reading.name] = partial(reading.prompt, seed=config.seed)
-    return makers
+    return {task: partial(_named, task, make) for task, make in makers.items()}
 
 
 def _needle(haystack: Haystack, task: NeedleTask, seed: int, length: int, depth: float, sample: int) -> Prompt:
     return needle_prompt(haystack, task, length, depth, sample, seed)
+
+
+def _named(task: str, make: _Maker, length: int, depth: float, sample: int) -> Prompt:
+    """The prompt; an error says which of many tasks it comes from."""
+    try:
+        return make(length, depth, sample)
+    except DataError as error:
+        raise DataError(f"{task}: {error}") from None
 
 
 def _answer(reader: Reader, haystack: Haystack, prompts: Sequence[Prompt]) -> list[float]:

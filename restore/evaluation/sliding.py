@@ -30,6 +30,19 @@ def measure(
     Raises:
         DataError: no document fills the longest window.
     """
+    short, long = split(documents, bos, lengths)
+    with progress(f"{name}: whole documents", len(short) + len(long) * len(lengths)) as bar:
+        found = [_score("short", min(lengths), [_whole(reader, ids, bos, bar) for ids in short])] if short else []
+        found += [
+            _score("long", length, [_slide(reader, ids, bos, length, count, bar) for ids in long]) for length in sorted(lengths)
+        ]
+    return found
+
+
+def split(
+    documents: Sequence[np.ndarray], bos: Sequence[int], lengths: Sequence[int]
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """The documents that are read whole and those that are read through windows; raises what `measure` raises."""
     sizes = [len(bos) + len(ids) for ids in documents]
     short = [ids for ids, size in zip(documents, sizes, strict=True) if 1 < size < min(lengths)]
     # The same documents at every length, so that lengths compare.
@@ -39,12 +52,7 @@ def measure(
             f"the longest held-out document has {max(sizes, default=0)} tokens, the longest sliding window {max(lengths)}: "
             "give a longer document or shorter --sliding"
         )
-    with progress(f"{name}: whole documents", len(short) + len(long) * len(lengths)) as bar:
-        found = [_score("short", min(lengths), [_whole(reader, ids, bos, bar) for ids in short])] if short else []
-        found += [
-            _score("long", length, [_slide(reader, ids, bos, length, count, bar) for ids in long]) for length in sorted(lengths)
-        ]
-    return found
+    return short, long
 
 
 def _score(documents: Literal["short", "long"], length: int, nll: Sequence[float]) -> SlidingScore:

@@ -10,7 +10,7 @@ from ard_serve import console
 from restore import checkpoint, devices
 from restore.config import EstimateConfig
 from restore.devices import GPUS, Gpu
-from restore.fit import kept_within, otherwise, smaller
+from restore.fit import kept_within, measuring, otherwise, smaller
 from restore.flops import Counter
 from restore.forecast import BYTES_PER_TRAINED, Forecast, forecast
 from restore.inspection import read_config, transformers_config
@@ -38,6 +38,7 @@ def run(config: EstimateConfig) -> int:
         ["what", "of which, or how", "how much"],
         [
             *_sizes(base, config, needed),
+            *(_evaluation(base, rope, config, needed) if config.evaluate else ()),
             ("arithmetic", "model and relations, all steps", f"{flops / 1e15:,.2f} PFLOP"),
             *(_on(gpu, base, rope, config, needed, alone=len(gpus) == 1) for gpu in gpus),
             *(_filled(gpus[0], base, rope, config, needed) if len(gpus) == 1 else ()),
@@ -70,6 +71,15 @@ def _sizes(base: Mapping[str, Any], config: EstimateConfig, needed: Forecast) ->
     yield "disk", "", _size(export + checkpoints)
     yield "", f"exported model in {str(dtype).removeprefix('torch.')}", _size(export)
     yield "", "checkpoints", _size(checkpoints)
+
+
+def _evaluation(base: Mapping[str, Any], rope: RopePlan, config: EstimateConfig, needed: Forecast) -> Iterator[_Row]:
+    """What measuring the result takes of the device once training has left it."""
+    whole = forecast(base, rope, config.model_copy(update={"quantize": None})) if config.quantize else needed
+    settings = config.evaluation.model_copy(update={"dtype": config.dtype})
+    measured = measuring(base, whole.weights_bytes, settings.for_target(rope.target_length, rope.native_window))
+    told = f"unless --no-evaluate; {_size(measured.cache_bytes)} of it for a needle prompt of {measured.prompt:,} tokens"
+    yield "device memory, afterwards", f"to measure the result, {told}", _size(measured.peak_bytes)
 
 
 def _on(gpu: Gpu, base: Mapping[str, Any], rope: RopePlan, config: EstimateConfig, needed: Forecast, alone: bool) -> _Row:

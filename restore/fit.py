@@ -3,6 +3,7 @@
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import psutil
@@ -54,31 +55,50 @@ def check_memory(
     raise ResourceError(f"{device}: this run needs about {needed}, {free_bytes / 1e9:.1f} GB are free; {told}")
 
 
-def check_evaluation(base: Mapping[str, Any], weights_bytes: int, settings: EvalConfig, device: torch.device) -> None:
-    """Refuse an evaluation that cannot fit on `device` once training has left it, before hours go into that.
+@dataclass(frozen=True)
+class Measuring:
+    """Bytes of device memory that an evaluation takes at its peak: one model, and the longest needle prompt's tokens."""
+
+    prompt: int
+    weights_bytes: int
+    cache_bytes: int
+    work_bytes: int
+
+    @property
+    def peak_bytes(self) -> int:
+        return self.weights_bytes + self.cache_bytes + self.work_bytes
+
+
+def measuring(base: Mapping[str, Any], weights_bytes: int, settings: EvalConfig) -> Measuring:
+    """What an evaluation takes.
 
     Args:
         base: config.json of the model.
         weights_bytes: of the whole model in the evaluation's dtype.
         settings: what is to be measured, its lengths stated.
-        device: of the evaluation.
-
-    Raises:
-        ResourceError: it does not fit, with the sizes and what would.
     """
     config, size = transformers_config(dict(base)), {"bf16": 2, "fp32": 4}[settings.dtype]
     prompt = max(settings.needle_lengths) if settings.needle_samples else 0
     longest = max(*settings.lengths, *settings.sliding, prompt, settings.batch_tokens)
-    kv_bytes = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim(dict(base)) * size * prompt
+    cache = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim(dict(base)) * size * prompt
     # Of one layer at a time: the inside of its MLP and some hidden states.
-    work_bytes = longest * (3 * config.intermediate_size + 6 * config.hidden_size) * size
-    needed_bytes, free_bytes = weights_bytes + kv_bytes + work_bytes, _free_bytes(device)
-    if needed_bytes > free_bytes:
-        sizes = (needed_bytes, weights_bytes, kv_bytes, work_bytes, free_bytes)
-        needed, weights, cache, work, free = (f"{number / 1e9:.1f} GB" for number in sizes)
+    work = longest * (3 * config.intermediate_size + 6 * config.hidden_size) * size
+    return Measuring(prompt, weights_bytes, cache, work)
+
+
+def check_evaluation(base: Mapping[str, Any], weights_bytes: int, settings: EvalConfig, device: torch.device) -> None:
+    """Refuse an evaluation that cannot fit on `device` once training has left it, before hours go into that.
+
+    Raises:
+        ResourceError: it does not fit, with the sizes and what would.
+    """
+    needed, free_bytes = measuring(base, weights_bytes, settings), _free_bytes(device)
+    if needed.peak_bytes > free_bytes:
+        sizes = (needed.peak_bytes, needed.weights_bytes, needed.cache_bytes, needed.work_bytes, free_bytes)
+        peak, weights, cache, work, free = (f"{number / 1e9:.1f} GB" for number in sizes)
         raise ResourceError(
-            f"{device}: measuring the result needs about {needed} (weights {weights}, the cache of a needle prompt of {prompt} "
-            f"tokens {cache}, a layer's work {work}), {free} are free; add --no-evaluate and measure it served "
+            f"{device}: measuring the result needs about {peak} (weights {weights}, the cache of a needle prompt of "
+            f"{needed.prompt} tokens {cache}, a layer's work {work}), {free} are free; add --no-evaluate and measure it served "
             f"(ard eval --server), or state shorter evaluation.needle_lengths"
         )
 

@@ -11,7 +11,9 @@ import pytest
 import torch
 
 from ard_serve.cli import main
+from restore import fit
 from restore.config import RestoreConfig
+from restore.evaluation.config import EvalConfig
 from restore.fit import kept_layers
 from restore.forecast import _most_spared, forecast, kept_bytes
 from restore.inspection import read_config
@@ -25,6 +27,8 @@ from restore.rope import RopePlan, plan_rope
 MakeCheckpoint = Callable[..., Path]
 SHAPE = {"hidden_size": 128, "intermediate_size": 384, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 3000}
 LAYERS = 6
+# What a restoration of 128 tokens to 512 measures of itself when nobody says.
+EVALUATION = EvalConfig(dtype="bf16").for_target(512, 128)
 
 
 # Leaves 300 MB of address space to a run whose logits alone need more; the forecast sees only what the machine has.
@@ -188,6 +192,10 @@ def test_an_estimate_needs_a_config_alone(
     config, rope = planned(read_config(model), target_length=512, rank=128)
     assert f"{forecast(read_config(model), rope, config).peak_bytes / 2**20:,.2f} MiB" in said
     assert "128 to 512 tokens" in said
+    measured = fit.measuring(read_config(model), forecast(read_config(model), rope, config).weights_bytes, EVALUATION)
+    assert f"{measured.peak_bytes / 2**20:,.2f} MiB" in said
+    assert main(["restore", str(tmp_path), "--target-length", "512", "--estimate", "--no-evaluate"]) == 0
+    assert "afterwards" not in capsys.readouterr().out
 
 
 @pytest.mark.fault("R19")

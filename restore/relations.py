@@ -8,6 +8,7 @@ layer was called with, if any, and then runs the stock SDPA attention, so that r
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -80,7 +81,9 @@ def _attention(
         relation_sink.relations = Relations(query, key, value)
         if not relation_sink.attends:
             raise Taken
-    if key.shape[1] != query.shape[1] and is_cuda_fp32(query):
+    stands_for: Any = module
+    if attention_mask is None and key.shape[1] != query.shape[1] and is_cuda_fp32(query):
         key, value = (x.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for x in (key, value))
+        stands_for = SimpleNamespace(is_causal=getattr(module, "is_causal", True))  # says nothing of groups any more
     with attending():
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+        return sdpa_attention_forward(stands_for, query, key, value, attention_mask, **kwargs)

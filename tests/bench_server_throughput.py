@@ -46,10 +46,11 @@ class Work:
     rounds: int
     tokens: int
     stagger_s: float
-    is_scripted: bool
+    gap_s: float | None
+    """Between two events of a stream, of the scripted engine; a real one has its own."""
 
     def body(self) -> bytes:
-        return scripted_body(self.tokens, 0.01) if self.is_scripted else real_body(self.tokens)
+        return real_body(self.tokens) if self.gap_s is None else scripted_body(self.tokens, self.gap_s)
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,8 @@ def findings(straight: list[Block], through: list[Block], work: Work) -> dict[st
     ]
     ttft = {"mean": round(added_ms, 3), "low": round(low_ms, 3), "high": round(high_ms, 3)}
     return {
-        "load": f"{work.streams} streams of {work.tokens} tokens, {work.rounds} times, starts over {work.stagger_s} s",
+        "load": f"{work.streams} streams of {work.tokens} tokens, {work.rounds} times, starts over {work.stagger_s} s"
+        + (f"; the scripted engine, {work.gap_s} s between events" if work.gap_s is not None else ""),
         "throughput": loss([(a.seconds, b.seconds) for a, b in pairs], _LIMIT_PERCENT),
         "control": loss(alike, _LIMIT_PERCENT) | {"what": "neighbours of one side: the interval should hold 0"},
         "ttft_added_ms": ttft | {"limit_ms": _LIMIT_MS, "verdict": _verdict(low_ms, high_ms, _LIMIT_MS)},
@@ -154,10 +156,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2, help="streams of each client in a block, one after another")
     parser.add_argument("--tokens", type=int, default=96, help="of each stream")
     parser.add_argument("--stagger-s", type=float, default=0.4, help="over which the clients of a block start")
+    parser.add_argument("--gap-s", type=float, default=0.01, help="between two events of a stream of the scripted engine")
     given = parser.parse_args()
     random.seed(0)
     results = circumstances(("httptools", "uvicorn", "uvloop", "fastapi"))
-    work = Work(given.streams, given.rounds, given.tokens, given.stagger_s, not given.engine)
+    work = Work(given.streams, given.rounds, given.tokens, given.stagger_s, None if given.engine else given.gap_s)
     with scene_of(given.model, given.engine) as (engine, gateway, process):
         key = "" if given.engine else ENGINE_KEY
         before_s, began = sum(process.cpu_times()[:2]), time.perf_counter()

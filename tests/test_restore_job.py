@@ -177,11 +177,11 @@ def test_bit_equal_fp32_over_long_windows_is_refused_on_a_gpu() -> None:
 
 def test_in_fp32_on_a_gpu_attention_gets_as_many_key_heads_as_query_heads(monkeypatch: pytest.MonkeyPatch) -> None:
     """The one kernel for fp32 that does not make [T, T] takes no shared key heads."""
-    heads: list[tuple[int, ...]] = []
+    heads: list[tuple[Any, ...]] = []
     attend = sdpa_attention_forward
 
     def seen(module: Any, query: Tensor, key: Tensor, value: Tensor, *given: Any, **named: Any) -> Any:
-        heads.append((query.shape[1], key.shape[1], value.shape[1]))
+        heads.append((query.shape[1], key.shape[1], value.shape[1], hasattr(module, "num_key_value_groups")))
         return attend(module, query, key, value, *given, **named)
 
     monkeypatch.setattr(relations, "sdpa_attention_forward", seen)
@@ -192,7 +192,7 @@ def test_in_fp32_on_a_gpu_attention_gets_as_many_key_heads_as_query_heads(monkey
     shared, _ = relations._attention(module, query, key, value, None)
     monkeypatch.setattr(relations, "is_cuda_fp32", lambda _: True)
     repeated, _ = relations._attention(module, query, key, value, None)
-    assert heads == [(4, 2, 2), (4, 4, 4)]
+    assert heads == [(4, 2, 2, True), (4, 4, 4, False)]
     torch.testing.assert_close(repeated, shared)
 
 

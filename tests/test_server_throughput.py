@@ -48,7 +48,7 @@ def test_an_outlier_does_not_widen_the_medians_interval() -> None:
 def test_the_control_compares_neighbours_of_one_side() -> None:
     straight = [Block(seconds, 10, 100) for seconds in (1.0, 1.0, 1.1, 1.1, 1.0, 1.0)]
     through = [Block(seconds, 12, 100) for seconds in (1.5, 1.6, 1.5, 1.6, 1.5, 1.6)]
-    found = findings(straight, through, Work(64, 1, 8, 0.1, True))
+    found = findings(straight, through, Work(64, 1, 8, 0.1, 0.01))
     assert found["control"]["pairs"] == 5
     assert found["throughput"]["verdict"] == "missed"
     assert found["ttft_added_ms"]["mean"] == 2

@@ -231,7 +231,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _ended(error.exit_code)
     except KeyboardInterrupt:
         print(f"ard {name}: interrupted", file=sys.stderr)
-        return EXIT_INTERRUPTED
+        return _ended(EXIT_INTERRUPTED)
 
 
 def _ended(code: int) -> int:

@@ -1,4 +1,4 @@
-"""GPUs by their data sheets: what a plan can reckon with before it has seen one; and CPUs that are slow in bf16."""
+"""Devices: which one is meant, what its data sheet lets a plan reckon with, how it computes, and when its memory is full."""
 
 import gc
 import logging

@@ -34,7 +34,8 @@ class Tile(NamedTuple):
     """Most registers of a thread; None leaves it to the compiler."""
 
 
-# Fastest on an H200 (docs/results/kernel-h200.json) for bf16, by kernel and channels filled up to a power of two.
+# As `restore.kernels.tune` chose them on an H200 for bf16 (its search is not on record), by kernel and channels filled up to a
+# power of two.
 TILES = {
     ("forward", 64): Tile(64, 64, 4, 2),
     ("forward", 128): Tile(128, 128, 8, 2),

@@ -1,8 +1,8 @@
 """What measuring a model takes of a GPU's memory: python -m restore.bench_evaluation --out evaluation-memory-h200.json
 
 Random weights of a shape read one window and one needle prompt of each length, as `ard eval` would. A row:
-`{"shape": "7b", "what": "needle", "length": 32768, "peak_gib": ..., "told_gib": ..., "weights_gib": ...}`, of which `told_gib` is
-what an estimate says of a run that measures this alone (restore/fit.py).
+`{"shape": "7b", "what": "needle", "length": 32768, "peak_gib": ..., "told_gib": ..., "weights_gib": ...}`. What is told is what
+an estimate says of a run that measures this alone (restore/fit.py).
 """
 
 import argparse

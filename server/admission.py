@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from server.errors import ApiError, bad_request
 from server.ledger import Capacity, Ledger, Need
 
-# A request at the head that waits for memory longer than this share of its deadline is no longer overtaken by short ones.
+# A request at the head that waits for room longer than this share of its deadline is no longer overtaken by short ones.
 _OVERTAKE_SHARE = 0.5
 
 
@@ -24,7 +24,10 @@ class Lanes:
 
 @dataclass(eq=False)
 class Ticket:
-    """One request's reservation, `tokens` of `ledger` once it is granted. `prefilled` is to be called at its first token."""
+    """One request's reservation, `tokens` and `seats` of `ledger` once it is granted.
+
+    `prefilled` is to be called at its first token.
+    """
 
     need: Need
     is_long: bool
@@ -33,6 +36,7 @@ class Ticket:
     granted: asyncio.Future[None]
     ledger: Ledger | None = None
     tokens: int = 0
+    seats: int = 0
     prefilling: bool = False
     granted_at: float = field(default=0.0)
 
@@ -48,7 +52,7 @@ class Ticket:
 
 
 class Admission:
-    """Keeps the reserved tokens within each engine's KV cache, so that no engine ever has to preempt."""
+    """Keeps what is reserved within each engine's KV cache and seats, so that none ever preempts or has a queue of its own."""
 
     def __init__(self, ledgers: Sequence[Ledger], lanes: Lanes, queue_size: int, queue_timeout_s: float) -> None:
         self.ledgers, self.lanes = tuple(ledgers), lanes
@@ -76,12 +80,12 @@ class Admission:
     def refusal(self, least: Need) -> ApiError | None:
         """The answer to a request of this size or more that could neither enter now nor wait, or None."""
         is_long = self.is_long(least)
-        enters = not self._queues[is_long] and any(led.cost(least) <= led.free_tokens for led in self._doors(is_long))
+        enters = not self._queues[is_long] and any(ledger.fits(least) for ledger in self._doors(is_long))
         return None if enters or self.waiting < self._queue_size else self._full()
 
     @asynccontextmanager
     async def slot(self, need: Need) -> AsyncIterator[Ticket]:
-        """Wait until an engine has the KV memory, and hold it for the length of the block.
+        """Wait until an engine has the KV memory and the seats, and hold them for the length of the block.
 
         Raises:
             ApiError: 400 if it can never fit, 429 if the queue is full or the wait is over.
@@ -117,6 +121,7 @@ class Admission:
     def _leave(self, ticket: Ticket) -> None:
         if ticket.ledger:
             ticket.ledger.reserved_tokens -= ticket.tokens
+            ticket.ledger.reserved_seats -= ticket.seats
             ticket.ledger.running -= 1
             ticket.prefilled()
         else:
@@ -133,8 +138,9 @@ class Admission:
         while (pair := self._next()) is not None:
             ticket, ledger = pair
             self._queues[ticket.is_long].popleft()
-            ticket.ledger, ticket.tokens = ledger, ledger.cost(ticket.need)
+            ticket.ledger, ticket.tokens, ticket.seats = ledger, ledger.cost(ticket.need), ledger.seats_of(ticket.need)
             ledger.reserved_tokens += ticket.tokens
+            ledger.reserved_seats += ticket.seats
             ledger.running += 1
             if ticket.is_long:
                 ticket.prefilling = True
@@ -147,14 +153,14 @@ class Admission:
         """The next to enter, and the engine with the most free memory."""
         for ticket in sorted((queue[0] for queue in self._queues if queue), key=lambda t: t.asked_at):
             doors = self._doors(ticket.is_long)
-            if fitting := [ledger for ledger in doors if ledger.cost(ticket.need) <= ledger.free_tokens]:
+            if fitting := [ledger for ledger in doors if ledger.fits(ticket.need)]:
                 return ticket, max(fitting, key=lambda ledger: ledger.free_tokens)
             if doors and time.monotonic() - ticket.asked_at > _OVERTAKE_SHARE * self._queue_timeout_s:
                 return None
         return None
 
     def _doors(self, is_long: bool) -> list[Ledger]:
-        """Engines that take such a prompt if they have the memory. One that hangs gets new work only if no other runs."""
+        """Engines that take such a prompt if they have the room. One that hangs gets new work only if no other runs."""
         doors = [ledger for ledger in self.ledgers if ledger.is_open]
         doors = [ledger for ledger in doors if ledger.is_ready] or doors
         return [ledger for ledger in doors if not is_long or ledger.long_prefills < self.lanes.max_long_prefills]

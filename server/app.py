@@ -71,23 +71,24 @@ def _plan_engines(
     config: ServeConfig, checkpoint: Checkpoint, native: Checkpoint | None, gpus: tuple[int, ...]
 ) -> tuple[EnginePlan, EnginePlan | None]:
     if config.attach:
-        return EnginePlan(config, checkpoint, ()), None
+        return EnginePlan(config, checkpoint, (), config.seats), None
     if native is None:
-        return EnginePlan(config, checkpoint, _plan_engine(config, checkpoint, gpus)), None
+        return _plan_engine(config, checkpoint, gpus), None
     main, short = capacity.split(config, short_config(config), checkpoint, native, gpus)
-    plans = [EnginePlan(one, folder, _plan_engine(one, folder, gpus)) for one, folder in ((main, checkpoint), (short, native))]
-    return plans[0], plans[1]
+    return _plan_engine(main, checkpoint, gpus), _plan_engine(short, native, gpus)
 
 
-def _plan_engine(config: ServeConfig, checkpoint: Checkpoint, gpus: tuple[int, ...]) -> tuple[str, ...]:
-    """Print what fits, and return the flags that we add to the operator's."""
+def _plan_engine(config: ServeConfig, checkpoint: Checkpoint, gpus: tuple[int, ...]) -> EnginePlan:
+    """Print what fits, and choose the flags that we add to the operator's."""
     kv_bytes = capacity.kv_cache_bytes(config, bool(gpus))
     plan = capacity.plan(checkpoint, gpus, kv_bytes, config.engine_args)
     out.print(plan.title(str(config.model)), highlight=False)
     print_table("", ("tokens a request", "KV GiB", "fit at once"), plan.rows(checkpoint.window))
     known = flags.known_flags(config.engine_command)
     flags.check_engine_args(config.engine_args, known)
-    return flags.optional_flags(config, known, bool(gpus), kv_bytes, checkpoint.window)
+    seats = config.seats or capacity.default_seats(gpus)
+    ours = flags.optional_flags(config, known, bool(gpus), kv_bytes, checkpoint.window, seats)
+    return EnginePlan(config, checkpoint, ours, capacity.seats((*ours, *config.engine_args)))
 
 
 def _introduce(config: ServeConfig, checkpoint: Checkpoint, native: Checkpoint) -> dict[str, Any]:

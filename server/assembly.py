@@ -22,11 +22,12 @@ from server.watch import Checked, Watch
 
 @dataclass(frozen=True)
 class EnginePlan:
-    """One model's engine: its settings, its folder as it was checked, and the flags that we add to the operator's."""
+    """One model's engine: its settings, its folder as it was checked, the flags that we add to the operator's, its seats."""
 
     config: ServeConfig
     checkpoint: Checkpoint
     flags: tuple[str, ...]
+    seats: int | None
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ def _attached(
     admission = Admission(ledgers, rules, config.queue_size, config.queue_timeout_s)
     upstreams = [Upstream(url, os.environ.get(ENGINE_KEY, "")) for url in config.attach]
     watches = [
-        Watch(str(number), config, upstream, plan.checkpoint.window, ledger, admission, metrics, checked)
+        Watch(str(number), config, upstream, plan.checkpoint.window, plan.seats, ledger, admission, metrics, checked)
         for number, (upstream, ledger) in enumerate(zip(upstreams, ledgers, strict=True))
     ]
     keepers = tuple(Attachment(config, url, watch, watches) for url, watch in zip(config.attach, watches, strict=True))
@@ -73,6 +74,6 @@ def _supervised(
     admission = Admission([ledger], rules, config.queue_size, config.queue_timeout_s)
     path, key = folder / f"{profile}.sock", secrets.token_hex(32)
     name, window = NATIVE if profile == NATIVE else "0", plan.checkpoint.window
-    watch = Watch(name, config, Upstream(path, key), window, ledger, admission, metrics, checked)
+    watch = Watch(name, config, Upstream(path, key), window, plan.seats, ledger, admission, metrics, checked)
     keeper = Supervisor(config, engine_spec(config, path, key, window, plan.flags), watch, first)
     return Pool(profile, [watch], admission), (keeper,)

@@ -21,6 +21,7 @@ _SHORT_NAMES = {"-tp": "--tensor-parallel-size", "-pp": "--pipeline-parallel-siz
 _NVIDIA_SMI_TIMEOUT_S = 30
 _GPU_SHARE = 0.92  # vLLM's default for --gpu-memory-utilization
 _SHORT_SHARE = 0.25  # of the restored model's KV cache, for the native one beside it
+_LARGE_GPU_BYTES = 70 * _GIB
 _GPU_OVERHEAD_BYTES = 2 * _GIB  # activations and CUDA graphs, measured generously
 
 
@@ -79,6 +80,23 @@ def kv_cache_bytes(config: ServeConfig, on_gpu: bool) -> int | None:
     if on_gpu or _CPU_SPACE in os.environ:
         return None
     return max(_GIB, min(4 * _GIB, psutil.virtual_memory().available // 4))
+
+
+def default_seats(gpus: tuple[int, ...]) -> int:
+    """Sequences at once that vLLM takes by itself on such a device, an A100 apart. It tells nobody, so it is told."""
+    if not gpus:
+        return 128
+    return 1024 if min(gpus) >= _LARGE_GPU_BYTES else 256
+
+
+def seats(command: tuple[str, ...]) -> int | None:
+    """Sequences at once by an engine's command line, None where that says nothing.
+
+    Raises:
+        UsageError: it is no number.
+    """
+    given = (flag for flag in ("--max-num-seqs", "--max-num-active-seqs") if _option(command, flag))
+    return min((_whole(command, flag) for flag in given), default=None)
 
 
 def split(

@@ -61,8 +61,8 @@ class ServeConfig(Settings):
     body_timeout_s: float = Field(30, gt=0, description="time for a request to send its body")
     idle_timeout_s: float = Field(75, gt=0, description="time an idle connection is kept open")
     request_timeout_s: float = Field(1800, gt=0, description="deadline of a request, waiting included")
-    queue_size: int = Field(256, ge=0, description="requests that may wait for KV memory; more are refused with 429")
-    queue_timeout_s: float = Field(120, gt=0, description="time a request may wait for KV memory")
+    queue_size: int = Field(256, ge=0, description="requests that may wait for KV memory or a seat; more are refused with 429")
+    queue_timeout_s: float = Field(120, gt=0, description="time a request may wait for KV memory or a seat")
     drain_s: float = Field(60, ge=0, description="time that requests in flight have to finish after SIGTERM")
 
     batch_tokens: int | None = Field(
@@ -70,6 +70,9 @@ class ServeConfig(Settings):
     )
     long_prompt_tokens: int | None = Field(
         None, ge=16, description="prompts longer than this take the long lane; a quarter of the batch"
+    )
+    seats: int | None = Field(
+        None, ge=1, description="sequences an engine computes at once; vLLM's default, for --attach no limit, if not given"
     )
     kv_cache_gib: float | None = Field(
         None, gt=0, description="KV cache, GiB; on a CPU at most 4 when not given, on a GPU what vLLM finds free"

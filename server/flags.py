@@ -63,13 +63,14 @@ def check_engine_args(args: tuple[str, ...], known: frozenset[str]) -> None:
 
 
 def optional_flags(
-    config: ServeConfig, known: frozenset[str], on_gpu: bool, kv_bytes: int | None, window: int
+    config: ServeConfig, known: frozenset[str], on_gpu: bool, kv_bytes: int | None, window: int, seats: int
 ) -> tuple[str, ...]:
     """The flags that make the engine fair to short prompts, bounded and quiet, as far as this vLLM has them."""
     batch_tokens, long_tokens = lanes(config, on_gpu)
     wanted: dict[str, tuple[str, ...]] = {
         "--max-num-batched-tokens": (str(batch_tokens),),
         "--long-prefill-token-threshold": (str(min(long_tokens, window)),),  # vLLM refuses one above its window
+        "--max-num-seqs": (str(min(seats, batch_tokens)),),  # nor more sequences than a step has tokens
         "--disable-uvicorn-access-log": (),
     }
     if kv_bytes:

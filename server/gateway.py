@@ -77,7 +77,7 @@ class Gateway:
             {
                 "object": "plan",
                 "fits": largest.cost(need) <= largest.kv_tokens,
-                "fits_now": largest.cost(need) <= free_tokens,
+                "fits_now": any(ledger.fits(need) for ledger in admission.ledgers),
                 "profile": pool.profile,
                 "prompt_tokens": prompt_tokens,
                 "max_tokens": sized.max_tokens,
@@ -169,6 +169,7 @@ class Gateway:
         self._metrics.in_flight.set(self.in_flight)
         for watch in watches:
             self._metrics.reserved.labels(watch.name).set(watch.ledger.reserved_tokens)
+            self._metrics.reserved_seats.labels(watch.name).set(watch.ledger.reserved_seats)
             self._metrics.long_prefills.labels(watch.name).set(watch.ledger.long_prefills)
         text = self._metrics.render({watch.name: text for watch, text in zip(watches, texts, strict=True)})
         return Response(text, media_type="text/plain; version=0.0.4")

@@ -32,15 +32,17 @@ class Metrics:
             "ard_event_gap_seconds", "Time between events of a stream.", buckets=_GAP_SECONDS, registry=registry
         )
         self.queue_wait = Histogram(
-            "ard_queue_wait_seconds", "Wait for KV memory.", ("profile", "lane"), buckets=_SECONDS, registry=registry
+            "ard_queue_wait_seconds", "Wait for room.", ("profile", "lane"), buckets=_SECONDS, registry=registry
         )
         self.kv_token_seconds = Counter(
             "ard_kv_token_seconds", "KV tokens reserved x seconds held.", ("key",), registry=registry
         )
         self.in_flight = Gauge("ard_requests_in_flight", "Requests between admission and their end.", registry=registry)
-        self.waiting = Gauge("ard_queue_length", "Requests waiting for KV memory.", ("profile", "lane"), registry=registry)
+        self.waiting = Gauge("ard_queue_length", "Requests waiting for room.", ("profile", "lane"), registry=registry)
         self.reserved = Gauge("ard_kv_reserved_tokens", "KV tokens reserved.", engine, registry=registry)
         self.capacity = Gauge("ard_kv_capacity_tokens", "KV tokens of the engine.", engine, registry=registry)
+        self.reserved_seats = Gauge("ard_seats_reserved", "Seats reserved, one a sequence.", engine, registry=registry)
+        self.seats = Gauge("ard_seats", "Sequences that the engine computes at once, where known.", engine, registry=registry)
         self.long_prefills = Gauge("ard_long_prefills", "Long prompts being read.", engine, registry=registry)
         self.ready = Gauge("ard_ready", "1 when the last canary was answered.", engine, registry=registry)
         self.restarts = Counter("ard_engine_restarts", "Engine restarts.", engine, registry=registry)

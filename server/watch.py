@@ -29,7 +29,8 @@ Checked = Callable[[], Awaitable[None]]
 class Watch:
     """Tells `health`, `ledger` and `admission` what it learns of the engine behind `upstream`, whoever started that.
 
-    `window` is in tokens; `name` is the engine's in metrics and logs.
+    `window` is in tokens; `seats` are those of each of the engine's ranks, None where unknown; `name` is the engine's in
+    metrics and logs.
     """
 
     def __init__(
@@ -38,6 +39,7 @@ class Watch:
         config: ServeConfig,
         upstream: Upstream,
         window: int,
+        seats: int | None,
         ledger: Ledger,
         admission: Admission,
         metrics: Metrics,
@@ -46,7 +48,7 @@ class Watch:
         self.name, self.upstream, self.window, self.ledger = name, upstream, window, ledger
         self.health, self.metrics = Health(), metrics
         self.parameters: dict[str, frozenset[str]] = {}
-        self._config, self._admission, self._checked = config, admission, checked
+        self._config, self._seats, self._admission, self._checked = config, seats, admission, checked
         self._suspect = asyncio.Event()
         self._corrupted_requests = 0.0
         self._counts_nans = False
@@ -211,7 +213,10 @@ class Watch:
         block_tokens = int(samples[0][0]["block_size"]) if blocks else 16
         kv_tokens = (blocks - len(samples)) * block_tokens if blocks else self.window  # one block of each is vLLM's own
         self.metrics.capacity.labels(self.name).set(kv_tokens)
-        return Capacity(kv_tokens, block_tokens)
+        seats = self._seats and self._seats * max(1, len(samples))  # each data-parallel rank has its own, and a sample
+        if seats:
+            self.metrics.seats.labels(self.name).set(seats)
+        return Capacity(kv_tokens, block_tokens, seats)
 
 
 def _samples(engine_text: str, name: str) -> list[tuple[dict[str, str], float]]:

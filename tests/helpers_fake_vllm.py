@@ -3,11 +3,13 @@
 It runs as a process of its own, on `--port` where that is given. A request says in its `user` field, as JSON, how it is
 to be answered: `tokens`, `first_s`, `gap_s` (timing), `end` (done, truncate, error, die, hang), `logprob`, `health` (the
 engine's own status from then on). What it sees it writes to $FAKE_LOG as JSON lines, so that a test can tell what reached the
-engine and what was cancelled. As in vLLM, `seats` requests are computed at once and others wait inside.
+engine and what was cancelled. As in vLLM, `--max-num-seqs` requests are computed at once and others wait inside; with `seats`
+in $FAKE_SCRIPT it is so many, whatever the flag says.
 """
 
 import asyncio
 import contextlib
+import itertools
 import json
 import os
 import signal
@@ -35,10 +37,11 @@ def log(**fields: Any) -> None:
 
 
 class FakeEngine:
-    def __init__(self) -> None:
+    def __init__(self, arguments: list[str]) -> None:
         self.script: dict[str, Any] = json.loads(os.environ.get("FAKE_SCRIPT", "{}"))
         self.corrupted = self.generated = 0
-        self.seats = asyncio.Semaphore(self.script.get("seats", 1000))
+        told = [int(value) for flag, value in itertools.pairwise(arguments) if flag == "--max-num-seqs"]
+        self.seats = asyncio.Semaphore(self.script.get("seats") or [1000, *told][-1])
 
     async def connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
@@ -176,7 +179,7 @@ def reply(writer: asyncio.StreamWriter, status: int, content: Any, content_type:
 
 
 async def main(arguments: list[str]) -> None:
-    engine = FakeEngine()
+    engine = FakeEngine(arguments)
     log(event="engine", pid=os.getpid(), arguments=arguments)
     if (code := engine.script.get("exit")) is not None:
         print(f"ValueError: {engine.script.get('last_words', 'no reason')}")

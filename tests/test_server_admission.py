@@ -1,6 +1,7 @@
-"""The ledger of KV tokens, the two lanes and the queue, without any HTTP."""
+"""The ledger of KV tokens and seats, the two lanes and the queue, without any HTTP."""
 
 import asyncio
+from dataclasses import replace
 
 import pytest
 
@@ -14,31 +15,31 @@ ROOM = Capacity(kv_tokens=1000, block_tokens=10)
 class Door(Admission):
     """The queue before engines with 1,000 tokens each, asked by the tokens of a whole request."""
 
-    def __init__(self, queue_size: int = 10, queue_timeout_s: float = 5.0, engines: int = 1) -> None:
+    def __init__(self, queue_size: int = 10, queue_timeout_s: float = 5.0, engines: int = 1, seats: int | None = None) -> None:
         lanes = Lanes(long_tokens=100, max_long_prefills=2)
         super().__init__([Ledger() for _ in range(engines)], lanes, queue_size, queue_timeout_s)
         for ledger in self.ledgers:
-            self.open(ledger, ROOM)
+            self.open(ledger, replace(ROOM, seats=seats))
 
     @property
     def ledger(self) -> Ledger:
         return self.ledgers[0]
 
 
-def need(tokens: int, prompt_tokens: int = 1) -> Need:
-    return Need(1, (prompt_tokens,), tokens - prompt_tokens)
+def need(tokens: int, prompt_tokens: int = 1, n: int = 1) -> Need:
+    return Need(n, (prompt_tokens,), tokens - prompt_tokens)
 
 
 class Guest:
     """A request that enters in the background and stays until told to go."""
 
-    def __init__(self, door: Door, tokens: int, prompt_tokens: int = 1) -> None:
+    def __init__(self, door: Door, tokens: int, prompt_tokens: int = 1, n: int = 1) -> None:
         self.inside, self._go = asyncio.Event(), asyncio.Event()
         self.ticket: Ticket | None = None
-        self.task = asyncio.create_task(self._visit(door, tokens, prompt_tokens))
+        self.task = asyncio.create_task(self._visit(door, need(tokens, prompt_tokens, n)))
 
-    async def _visit(self, door: Door, tokens: int, prompt_tokens: int) -> None:
-        async with door.slot(need(tokens, prompt_tokens)) as self.ticket:
+    async def _visit(self, door: Door, what: Need) -> None:
+        async with door.slot(what) as self.ticket:
             self.inside.set()
             await self._go.wait()
 
@@ -208,4 +209,84 @@ async def test_each_engine_reads_so_many_long_prompts_of_its_own() -> None:
     assert [guest.inside.is_set() for guest in longs] == [True] * 4 + [False]
     assert [ledger.long_prefills for ledger in door.ledgers] == [2, 2]
     for guest in longs:
+        await guest.leave()
+
+
+def test_a_sequence_is_each_prompt_n_times() -> None:
+    assert Need(n=3, prompt_tokens=(1, 15), max_tokens=5).sequences == 6
+
+
+async def test_seats_are_reserved_but_for_the_canarys_and_come_back() -> None:
+    door = Door(seats=4)
+    guests = [Guest(door, 10, n=2), Guest(door, 10), Guest(door, 10)]
+    await settle()
+    assert [guest.inside.is_set() for guest in guests] == [True, True, False]
+    assert (door.ledger.reserved_seats, door.ledger.free_tokens, door.waiting) == (3, 970, 1)
+    assert not door.ledger.fits(need(10))
+    guests[0].task.cancel()
+    await settle()
+    assert guests[2].inside.is_set()
+    await guests[1].leave()
+    await guests[2].leave()
+    assert (door.ledger.reserved_seats, door.ledger.reserved_tokens) == (0, 0)
+
+
+async def test_one_who_stops_waiting_for_a_seat_takes_none() -> None:
+    door = Door(seats=2)
+    inside, waiting = Guest(door, 10), Guest(door, 10)
+    await settle()
+    waiting.task.cancel()
+    await settle()
+    await inside.leave()
+    assert (door.ledger.reserved_seats, door.waiting) == (0, 0)
+
+
+async def test_a_request_with_more_sequences_than_seats_enters_alone_and_not_never() -> None:
+    door = Door(seats=4)
+    before, wide, behind = Guest(door, 10), Guest(door, 10, n=8), Guest(door, 10)
+    await settle()
+    assert [guest.inside.is_set() for guest in (before, wide, behind)] == [True, False, False]
+    await before.leave()
+    await settle()
+    assert [guest.inside.is_set() for guest in (wide, behind)] == [True, False]
+    assert (door.ledger.reserved_seats, door.ledger.reserved_tokens) == (3, 80)
+    await wide.leave()
+    await settle()
+    assert behind.inside.is_set()
+    await behind.leave()
+    assert door.ledger.reserved_seats == 0
+
+
+async def test_an_engine_with_a_single_seat_is_used() -> None:
+    door = Door(seats=1)
+    async with door.slot(need(10)):
+        assert not door.ledger.fits(need(10))
+    assert door.ledger.fits(need(10))
+
+
+async def test_seats_that_nobody_knows_are_no_limit() -> None:
+    door = Door()
+    guests = [Guest(door, 10, n=8) for _ in range(12)]
+    await settle()
+    assert door.waiting == 0
+    assert door.ledger.reserved_seats == 96
+    for guest in guests:
+        await guest.leave()
+
+
+async def test_a_full_queue_refuses_at_once_what_finds_no_seat() -> None:
+    door = Door(queue_size=0, seats=2)
+    assert door.refusal(need(10)) is None
+    async with door.slot(need(10)):
+        assert door.refusal(need(10))
+
+
+async def test_of_several_engines_one_with_a_seat_gets_the_request_whatever_its_memory() -> None:
+    door = Door(engines=2, seats=3)
+    first, second = door.ledgers
+    guests = [Guest(door, 500), Guest(door, 10, n=2), Guest(door, 10)]
+    await settle()
+    # The first engine has less memory left than the second, whose two seats are taken.
+    assert [guest.ticket.ledger for guest in guests if guest.ticket] == [first, second, first]
+    for guest in guests:
         await guest.leave()

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from ard_serve.errors import EngineDiedError, UsageError
-from server import flags
+from server import capacity, flags
 from server.config import ServeConfig
 
 KNOWN = frozenset({"--model", "--uds", "--max-model-len", "--max-num-seqs", "--kv-cache-dtype", "--trust-remote-code", "-tp"})
@@ -45,17 +45,55 @@ def test_a_flag_this_vllm_lacks_is_refused_before_it_starts() -> None:
 
 def test_only_flags_that_exist_are_added(tmp_path: Path) -> None:
     config = ServeConfig(model=tmp_path, batch_tokens=1000)
-    assert flags.optional_flags(config, KNOWN, on_gpu=False, kv_bytes=5, window=4096) == ()
-    known = KNOWN | {"--max-num-batched-tokens", "--long-prefill-token-threshold", "--kv-cache-memory-bytes"}
-    added = flags.optional_flags(config, known, on_gpu=False, kv_bytes=5, window=4096)
+    assert flags.optional_flags(config, frozenset(), on_gpu=False, kv_bytes=5, window=4096, seats=128) == ()
+    known = KNOWN - {"--max-num-seqs"} | {
+        "--max-num-batched-tokens",
+        "--long-prefill-token-threshold",
+        "--kv-cache-memory-bytes",
+    }
+    added = flags.optional_flags(config, known, on_gpu=False, kv_bytes=5, window=4096, seats=128)
     assert " ".join(added) == "--max-num-batched-tokens 1000 --long-prefill-token-threshold 250 --kv-cache-memory-bytes 5"
 
 
 def test_a_small_window_bounds_the_share_of_a_long_prompt(tmp_path: Path) -> None:
     """vLLM refuses to start with a threshold above its window."""
-    known = KNOWN | {"--long-prefill-token-threshold"}
-    added = flags.optional_flags(ServeConfig(model=tmp_path), known, on_gpu=True, kv_bytes=None, window=256)
+    known = frozenset({"--long-prefill-token-threshold"})
+    added = flags.optional_flags(ServeConfig(model=tmp_path), known, on_gpu=True, kv_bytes=None, window=256, seats=256)
     assert " ".join(added) == "--long-prefill-token-threshold 256"
+
+
+@pytest.mark.parametrize(("batch_tokens", "told"), [(2048, 1024), (100, 100)])
+def test_the_engine_is_told_its_seats_and_no_more_than_a_step_has_tokens(tmp_path: Path, batch_tokens: int, told: int) -> None:
+    """vLLM refuses to start with more."""
+    config = ServeConfig(model=tmp_path, batch_tokens=batch_tokens)
+    added = flags.optional_flags(config, KNOWN, on_gpu=True, kv_bytes=None, window=256, seats=1024)
+    assert added == ("--max-num-seqs", str(told))
+
+
+def test_seats_are_vllms_own_default_where_nobody_says() -> None:
+    gib = 1 << 30
+    assert [capacity.default_seats(gpus) for gpus in ((), (24 * gib,), (80 * gib, 80 * gib))] == [128, 256, 1024]
+
+
+@pytest.mark.parametrize(
+    ("after", "seats"),
+    [
+        ("", 128),
+        ("--max-num-seqs 8", 8),
+        ("--max_num_seqs=8 --data-parallel-size 2", 8),
+        ("--max-num-seqs 8 --max-num-seqs 9", 9),
+        ("--max-num-active-seqs 5", 5),
+        ("--max-num-seqs 200 --max-num-active-seqs 300", 200),
+    ],
+)
+def test_seats_are_what_the_whole_command_line_says(after: str, seats: int) -> None:
+    assert capacity.seats(("--max-num-seqs", "128", *after.split())) == seats
+
+
+def test_seats_that_no_flag_states_are_unknown_and_no_number_is_refused() -> None:
+    assert capacity.seats(("--enforce-eager",)) is None
+    with pytest.raises(UsageError, match="--max-num-seqs many after --: it must be a whole number"):
+        capacity.seats(("--max-num-seqs", "many"))
 
 
 def test_the_probe_reads_help_and_says_what_is_wrong_when_there_is_none(tmp_path: Path) -> None:

@@ -314,7 +314,7 @@ def test_an_idle_stream_costs_little_memory(start: StartGateway, record_property
     """256 streams that wait for their next token take less than 100 MB together."""
     import psutil
 
-    gateway = start({"blocks": 4000}).until_ready()
+    gateway = start({"blocks": 4000}, seats=300).until_ready()
     before = psutil.Process(gateway.process.pid).memory_info().rss
     body = {"prompt": [1], "max_tokens": 8, "stream": True, "user": json.dumps({"tokens": 2, "gap_s": 30})}
     limits = httpx.Limits(max_connections=300)

@@ -22,8 +22,8 @@ WINDOW = 512
 class ScriptedUpstream:
     """An engine that says of itself what a test tells it to; each canary waits until `go` lets it be answered."""
 
-    def __init__(self) -> None:
-        self.blocks, self.corrupted, self.has_metrics = 6501, 0, True
+    def __init__(self, ranks: int = 1) -> None:
+        self.ranks, self.blocks, self.corrupted, self.has_metrics = ranks, 6501, 0, True
         self.canaries, self.go = 0, asyncio.Event()
         self.go.set()
 
@@ -36,16 +36,19 @@ class ScriptedUpstream:
         if not self.has_metrics:
             raise TimeoutError
         counted = f"vllm:corrupted_requests_total {self.corrupted}\n"
-        return 200, f'vllm:cache_config_info{{block_size="32",num_gpu_blocks="{self.blocks}"}} 1.0\n{counted}'
+        info = 'vllm:cache_config_info{{block_size="32",engine="{}",num_gpu_blocks="{}"}} 1.0\n'
+        return 200, "".join(info.format(rank, self.blocks) for rank in range(self.ranks)) + counted
 
 
 @asynccontextmanager
-async def watching(engine: ScriptedUpstream, canary_interval_s: float = 0.001) -> AsyncIterator[Watch]:
+async def watching(
+    engine: ScriptedUpstream, canary_interval_s: float = 0.001, seats: int | None = None
+) -> AsyncIterator[Watch]:
     async def checked() -> None: ...
 
     config, ledger = ServeConfig(model=Path("tiny"), canary_interval_s=canary_interval_s), Ledger()
     admission = Admission([ledger], Lanes(128, 3), queue_size=1, queue_timeout_s=1)
-    watch = Watch("0", config, cast(Upstream, engine), WINDOW, ledger, admission, Metrics(), checked)
+    watch = Watch("0", config, cast(Upstream, engine), WINDOW, seats, ledger, admission, Metrics(), checked)
     task = asyncio.create_task(watch.run())
     try:
         yield watch
@@ -70,6 +73,12 @@ async def test_metrics_that_come_too_late_leave_the_capacity_as_it_was() -> None
         engine.has_metrics, engine.blocks = True, 3001
         await after_two_canaries(engine)
         assert watch.ledger.capacity == Capacity(96_000, 32)
+
+
+async def test_each_data_parallel_rank_has_memory_and_seats_of_its_own() -> None:
+    async with watching(ScriptedUpstream(ranks=2), seats=64) as watch:
+        await watch.health.until_first_ready()
+        assert watch.ledger.capacity == Capacity(2 * 208_000, 32, 2 * 64)
 
 
 @pytest.mark.fault("S22")

@@ -2,8 +2,8 @@
 
     python tests/helpers_random_llama.py 1.7b WINDOW TOKENIZER_FOLDER FOLDER
 
-The tokenizer is another model's; it must know no more tokens than the shape. `reference.json` beside the weights holds what the
-model itself says to a prompt, to hold an engine to that splits it over GPUs.
+The tokenizer is another model's, and so is the size of the vocabulary: an engine could not write other tokens. `reference.json`
+beside the weights holds what the model itself says to a prompt, to hold an engine to that splits it over GPUs.
 """
 
 import json
@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 from bench_server_long import unseen_prompt
+from transformers import AutoTokenizer
 
 from restore.bench_cases import SHAPES, build_model
 
@@ -21,12 +22,13 @@ _PROMPT_TOKENS, _LIKELIEST = 500, 20
 
 def write_random_llama(shape: str, window: int, tokenizer: Path, folder: Path) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = build_model(SHAPES[shape] | {"max_position_embeddings": window}, torch.bfloat16, device)
+    vocabulary = len(AutoTokenizer.from_pretrained(tokenizer))
+    base = SHAPES[shape] | {"max_position_embeddings": window, "vocab_size": vocabulary}
+    model = build_model(base, torch.bfloat16, device)
     model.save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         if (tokenizer / name).exists():
             shutil.copy(tokenizer / name, folder)
-    vocabulary = int(SHAPES[shape]["vocab_size"])
     prompt = [token % vocabulary for token in unseen_prompt(_PROMPT_TOKENS, seed=1)]
     with torch.inference_mode():
         logits = model(torch.tensor([prompt], device=device)).logits[0, -1]

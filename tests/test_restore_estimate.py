@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from ard_serve.cli import main
-from restore import devices
+from restore import bench_evaluation, devices
 from restore.bench_cases import SHAPES, Case
 from restore.devices import GPUS
+from restore.fit import measuring
 from restore.flops import Counter
 from restore.forecast import forecast
 from restore.model import Kept
@@ -197,3 +198,11 @@ def test_estimates_agree_with_what_was_measured_within_a_tenth(quick: bool) -> N
         gpu = devices.by_name(run["machine"]["device"])
         if gpu and row["recipe"] != "distill":
             assert seconds(RESULTS, case, gpu) == pytest.approx(row["seconds"], rel=0.1), name
+
+
+def test_what_measuring_takes_is_told_within_a_tenth_and_never_too_low() -> None:
+    (run,) = json.loads((RESULTS / "evaluation-memory-h200.json").read_text())["runs"]
+    for row in run["rows"]:
+        base = SHAPES[row["shape"]] | {"max_position_embeddings": 32_768}
+        told = measuring(base, int(row["weights_gib"] * 2**30), bench_evaluation.settings(row["what"], row["length"]))
+        assert row["peak_gib"] <= told.peak_bytes / 2**30 <= 1.1 * row["peak_gib"], row

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -96,20 +96,48 @@ def _read_file(path: Path) -> Iterator[Document]:
 
 
 def _decode(path: Path) -> str:
-    raw = path.read_bytes()
     try:
-        return raw.decode("utf-8")
+        raw = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
+    try:
+        # Books and exports from Windows begin with a byte order mark, which is no text.
+        return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        raise DataError(f"{path}:{line}: not UTF-8 (byte 0x{raw[error.start]:02x}); convert the file first") from None
+        rest, at = error.object, error.start
+        line = rest.count(b"\n", 0, at) + 1
+        raise DataError(f"{path}:{line}: not UTF-8 (byte 0x{rest[at]:02x}); convert the file first") from None
+
+
+def json_lines(path: Path) -> list[tuple[int, str]]:
+    """The lines of a JSONL file that are not blank, with their numbers.
+
+    Only a newline ends one: a JSON string may hold what Python's `splitlines` takes for a line's end, such as U+2028.
+
+    Raises:
+        DataError: the file cannot be read, is not UTF-8, or is empty.
+    """
+    lines = [(number, line) for number, line in enumerate(_decode(path).split("\n"), 1) if line.strip()]
+    if not lines:
+        raise DataError(f"{path}: the file is empty")
+    return lines
+
+
+def parse_line(path: Path, number: int, line: str) -> Any:
+    """What a line of JSON holds; raises ValueError where it is none, and DataError for text that cannot be encoded."""
+    value = json.loads(line)
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(error.object[error.start]):04x}"
+        raise DataError(f"{path}:{number}: holds half a character ({half} alone); write it whole or leave it out") from None
+    return value
 
 
 def _read_jsonl(path: Path) -> Iterator[Document]:
-    for number, line in enumerate(_decode(path).split("\n"), 1):
-        if not line.strip():
-            continue
+    for number, line in json_lines(path):
         try:
-            text = json.loads(line)[_TEXT_FIELD]
+            text = parse_line(path, number, line)[_TEXT_FIELD]
         except (ValueError, KeyError, TypeError):
             text = None
         if not isinstance(text, str):
@@ -138,13 +166,15 @@ def _read_dataset(name: str) -> Iterator[Document]:
     try:
         rows = datasets.load_dataset(name, split="train")
     except Exception as error:  # noqa: BLE001 - any failure to find or fetch it means the same to the user
-        reason = str(error).splitlines()[0]
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise DataError(
             f"{name}: neither a file nor a folder here, and not a dataset that could be loaded ({reason})"
         ) from None
     if _TEXT_FIELD not in rows.column_names:
         raise DataError(f'{name}: the dataset has no column "{_TEXT_FIELD}" but {", ".join(rows.column_names)}')
     for number, text in enumerate(rows[_TEXT_FIELD], 1):
+        if not isinstance(text, str):
+            raise DataError(f'{name}: row {number}: column "{_TEXT_FIELD}" holds no string')
         yield Document(f"{name}:{number}", text)
 
 
@@ -154,7 +184,8 @@ def split_documents(documents: Sequence[Document], validation_share: float, seed
     A corpus of one document cannot be split and is refused: validation on trained text proves nothing.
     """
     if len(documents) < 2:
-        raise DataError(f"{len(documents)} document in the data: at least 2 are needed, one is held out for validation")
+        count = f"{len(documents)} document{'s' * (len(documents) != 1)}"
+        raise DataError(f"{count} in the data: at least 2 are needed, one is held out for validation")
     order = np.random.default_rng(seed).permutation(len(documents))
     held = min(len(documents) - 1, max(1, round(validation_share * len(documents))))
     validation = set(order[:held].tolist())

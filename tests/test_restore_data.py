@@ -41,6 +41,9 @@ def test_reads_folders_of_every_format(tmp_path: Path) -> None:
         ("latin.txt", "fine\nna\u00efve".encode("latin-1"), "latin.txt:2: not UTF-8 (byte 0xef)"),
         ("broken.jsonl", b'{"text": "ok"}\n{"text": \n', "broken.jsonl:2: expected a JSON object"),
         ("number.jsonl", b'{"text": 5}\n', "number.jsonl:1: expected a JSON object"),
+        ("empty.jsonl", b"\n", "empty.jsonl: the file is empty"),
+        ("half.jsonl", b'{"text": "ok"}\n{"text": "a \\ud83d b"}\n', "half.jsonl:2: holds half a character (\\ud83d alone)"),
+        ("marked.txt", b"\xef\xbb\xbffine\nna\xefve", "marked.txt:2: not UTF-8 (byte 0xef)"),
         ("list.jsonl", b"[1]\n", "list.jsonl:1: expected a JSON object"),
         ("not.parquet", b"PAR?", "not.parquet: cannot read column"),
     ],
@@ -51,6 +54,19 @@ def test_unreadable_data_names_file_and_line(tmp_path: Path, name: str, content:
         read_documents([str(tmp_path)])
     assert says in str(refusal.value)
     assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.fault("R10")
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    (tmp_path / "book.txt").symlink_to("/proc/self/mem")
+    with pytest.raises(DataError, match=r"book\.txt: cannot be read \(Input/output error\)"):
+        read_documents([str(tmp_path)])
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes("\ufeffone".encode())
+    (tmp_path / "b.jsonl").write_bytes('\ufeff{"text": "two"}\n'.encode())
+    assert [document.text for document in read_documents([str(tmp_path)])] == ["one", "two"]
 
 
 @pytest.mark.fault("R10")
@@ -90,6 +106,17 @@ def test_a_dataset_name_goes_through_datasets(tmp_path: Path, monkeypatch: pytes
     assert [d.text for d in read_documents(["org/corpus"])] == ["one", "two"]
     monkeypatch.setattr(datasets, "load_dataset", lambda name, split: rows.rename_column("text", "body"))
     with pytest.raises(DataError, match='no column "text" but body'):
+        read_documents(["org/corpus"])
+    holes = datasets.Dataset.from_dict({"text": ["one", None]})
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, split: holes)
+    with pytest.raises(DataError, match='org/corpus: row 2: column "text" holds no string'):
+        read_documents(["org/corpus"])
+
+    def refuse(name: str, split: str) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(datasets, "load_dataset", refuse)
+    with pytest.raises(DataError, match=r"not a dataset that could be loaded \(AssertionError\)"):
         read_documents(["org/corpus"])
 
 

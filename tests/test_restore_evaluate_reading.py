@@ -135,6 +135,8 @@ def test_facts_are_hidden_in_the_book_in_order(tokenizer: PreTrainedTokenizerBas
         '{"question": "q", "answers": ["a"], "context": "c"}',
         '{"question": "q", "answer": "a", "facts": []}',
         '{"question": "q", "answer": "a", "facts": ["f"]}',
+        '{"question": "q", "answers": "abc", "context": "c", "title": "t"}',
+        "[1]",
     ],
 )
 def test_a_bad_question_is_named_by_file_and_line(
@@ -144,6 +146,15 @@ def test_a_bad_question_is_named_by_file_and_line(
     path.write_text(json.dumps(paragraphs(1)[0]) + "\n" + line + "\n")
     with pytest.raises(DataError, match=r"bad\.jsonl:2: expected question"):
         Reading(path, tokenizer, book)
+
+
+def test_blank_lines_and_separators_inside_a_paragraph_end_no_question(
+    tokenizer: PreTrainedTokenizerBase, book: Haystack, tmp_path: Path
+) -> None:
+    path = tmp_path / "towns.jsonl"
+    lines = [json.dumps(item | {"question": "a\u2028b?"}, ensure_ascii=False) for item in paragraphs(40)]
+    path.write_text("\n\n".join(lines) + "\n\n", encoding="utf-8")
+    assert "a\u2028b?" in book.decode(Reading(path, tokenizer, book).prompt(LENGTH, 0.5, 0, seed=0).ids)
 
 
 def test_an_answer_without_words_is_not_what_a_model_that_writes_nothing_gives(

@@ -149,12 +149,23 @@ def test_a_limit_takes_items_from_the_whole_file(tmp_path: Path) -> None:
         '{"context": "c"}',
         "[1]",
         '{"context": 1, "continuation": "x"}',
+        '{"query": "q", "choices": "yes", "gold": 0}',
+        '{"context_options": "no", "continuation": "x", "gold": 0}',
     ],
 )
 def test_a_bad_item_is_named_by_file_and_line(tmp_path: Path, line: str) -> None:
     path = tmp_path / "bad.jsonl"
     path.write_text('{"context": "c", "continuation": "x"}\n\n' + line + "\n")
     with pytest.raises(DataError, match=r"bad\.jsonl:3: expected"):
+        items.read_items(path)
+
+
+def test_a_separator_inside_a_string_and_a_byte_order_mark_end_no_item(tmp_path: Path) -> None:
+    path = tmp_path / "t.jsonl"
+    path.write_text('\ufeff{"context": "c\u2028\x85d", "continuation": "x"}\n', encoding="utf-8")
+    assert [item.pairs[0][0] for item in items.read_items(path)] == ["c\u2028\x85d"]
+    path.write_text('{"context": "c\\ud83d", "continuation": "x"}\n', encoding="utf-8")
+    with pytest.raises(DataError, match=r"t\.jsonl:1: holds half a character \(.ud83d alone\)"):
         items.read_items(path)
 
 
@@ -171,7 +182,7 @@ def test_task_files_are_found_and_pools_of_examples_are_not(tmp_path: Path) -> N
 def test_an_empty_or_unreadable_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "empty.jsonl").write_text("\n")
     (tmp_path / "binary.jsonl").write_bytes(b"\xff\xfe")
-    with pytest.raises(DataError, match="no items"):
+    with pytest.raises(DataError, match="the file is empty"):
         items.read_items(tmp_path / "empty.jsonl")
     with pytest.raises(DataError, match="UTF-8"):
         items.read_items(tmp_path / "binary.jsonl")

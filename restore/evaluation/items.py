@@ -8,7 +8,6 @@ A file is one task; its items are of one kind, told by their fields:
   problem          {"question", "answer", "final"}             the number the model comes to when it writes an answer itself
 """
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -18,6 +17,7 @@ from typing import Any, Literal
 import numpy as np
 
 from ard_serve.errors import DataError
+from restore.data import json_lines, parse_line
 from restore.evaluation.reader import Likelihood
 
 # As lm-evaluation-harness finds the answer to a problem of GSM8K: where the examples put it, or the last number of all.
@@ -82,12 +82,7 @@ def read_items(path: Path, limit: int | None = None) -> list[Item]:
     Raises:
         DataError: names the file and line of an item that is of no known kind, or of another than the others.
     """
-    try:
-        lines = [(number, line) for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1) if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: not readable as UTF-8 text ({error})") from None
-    if not lines:
-        raise DataError(f"{path}: the file holds no items")
+    lines = json_lines(path)
     chosen = np.linspace(0, len(lines) - 1, min(limit or len(lines), len(lines))).astype(int)
     items = [_parse(path, *lines[index]) for index in chosen]
     if len(kinds := sorted({item.kind for item in items})) > 1:
@@ -97,7 +92,7 @@ def read_items(path: Path, limit: int | None = None) -> list[Item]:
 
 def _parse(path: Path, number: int, line: str) -> Item:
     try:
-        item = _item(json.loads(line))
+        item = _item(parse_line(path, number, line))
         usable = 0 <= item.gold < len(item.pairs) - item.weighed and all(a.strip() and b.strip() for a, b in item.pairs)
     except (ValueError, KeyError, TypeError, AttributeError):
         usable = False
@@ -111,6 +106,8 @@ def _parse(path: Path, number: int, line: str) -> Item:
 
 def _item(fields: dict[str, Any]) -> Item:
     subject = str(fields.get("subject", ""))
+    if any(isinstance(fields.get(name), str) for name in ("choices", "context_options", "mc2_correct", "mc2_incorrect")):
+        raise TypeError("a list, not the letters of a text")
     if "choices" in fields:
         true, false = fields.get("mc2_correct", []), fields.get("mc2_incorrect", [])
         pairs = tuple((fields["query"], f" {text}") for text in (*fields["choices"], *true, *false))

@@ -6,7 +6,6 @@ A file is one task; its items are of one kind, told by their fields:
 An answer of punctuation or articles alone, as SQuAD has ".", is left out, and a question that has no other is not asked.
 """
 
-import json
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ard_serve.errors import DataError
+from restore.data import json_lines, parse_line
 from restore.evaluation.haystack import Haystack, Prompt, Quiz, has_words
 
 if TYPE_CHECKING:
@@ -70,18 +70,14 @@ class Reading:
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: not readable as UTF-8 text ({error})") from None
     items: list[dict[str, Any]] = []
-    for number, line in enumerate(lines, 1):
+    for number, line in json_lines(path):
         try:
-            item = json.loads(line)
+            item = parse_line(path, number, line)
             quiz = _quiz(item)
             kind = "facts" in item
             usable = kind == ("facts" in (items or [item])[0]) and (kind or isinstance(item["title"], str))
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, AttributeError):
             usable = False
         if not usable:
             raise DataError(f"{path}:{number}: expected question, answers, context and title, or question, answer and facts")
@@ -94,6 +90,8 @@ def _read(path: Path) -> list[dict[str, Any]]:
 
 def _quiz(item: dict[str, Any]) -> Quiz:
     scattered = "facts" in item
+    if isinstance(item.get("facts"), str) or isinstance(item.get("answers"), str):
+        raise ValueError("a list, not the letters of a text")
     evidence: Sequence[str] = item["facts"] if scattered else [item["context"]]
     answers = tuple(item["answers"]) if "answers" in item else (item["answer"],)
     if not answers or not evidence or not all(isinstance(text, str) and text.strip() for text in (*answers, *evidence)):

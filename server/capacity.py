@@ -144,7 +144,8 @@ def plan(checkpoint: Checkpoint, gpus: tuple[int, ...], told_bytes: int | None, 
     ranks = _ranks(engine_args, gpus)
     weight_bytes = _weight_bytes(checkpoint, engine_args)
     cache_dtype, dtype = (_option(engine_args, flag) for flag in ("--kv-cache-dtype", "--dtype"))
-    per_token = kv_bytes_per_token(checkpoint.config, cache_dtype, dtype)
+    copies = max(1, _whole(engine_args, "--tensor-parallel-size") // kv_heads(checkpoint.config))  # each rank holds a head
+    per_token = copies * kv_bytes_per_token(checkpoint.config, cache_dtype, dtype)
     if gpus and not told_bytes:
         kv_bytes = int(ranks * (min(gpus) * _gpu_share(engine_args) - _GPU_OVERHEAD_BYTES)) - weight_bytes
     else:

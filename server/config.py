@@ -3,10 +3,16 @@
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
+from urllib.parse import urlsplit
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from ard_serve.settings import Settings
+
+
+def _with_port(url: str) -> str:
+    _ = urlsplit(url).port  # raises ValueError, which says what a port is
+    return url
 
 
 class ServeConfig(Settings):
@@ -28,7 +34,7 @@ class ServeConfig(Settings):
     allow_anonymous: bool = Field(False, description="serve without keys on an address that others can reach")
 
     max_model_len: int | None = Field(None, ge=16, description="window in tokens; the export's served limit when not given")
-    attach: tuple[Annotated[str, Field(pattern=r"^https?://[^/]+$")], ...] = Field(
+    attach: tuple[Annotated[str, Field(pattern=r"^https?://[^/@?#]+$"), AfterValidator(_with_port)], ...] = Field(
         (), description="URLs of vLLMs that already run MODEL; they are not started or stopped"
     )
     profile_short: Path | None = Field(
@@ -52,7 +58,7 @@ class ServeConfig(Settings):
         None, ge=1, description="largest n x prompts x max_tokens; the window when not given"
     )
     default_max_tokens: int = Field(
-        4096, ge=1, description="max_tokens of a chat that does not say (less where the window is full)"
+        4096, ge=1, description="max_tokens of a chat that does not say (less where the window or --max-generated-tokens is)"
     )
     max_logprobs: int = Field(20, ge=0, le=100, description="largest logprobs and top_logprobs of a request")
     max_schema_bytes: int = Field(16384, ge=0, description="largest JSON schema, regex or grammar; 16 times that for all tools")

@@ -47,3 +47,7 @@ def bad_request(message: str, param: str | None = None, code: str = "invalid_val
 
 def unavailable(message: str, code: str, retry_after_s: float = 5) -> ApiError:
     return ApiError(503, message, code, retry_after_s=retry_after_s)
+
+
+def deadline_exceeded(timeout_s: float) -> ApiError:
+    return ApiError(504, f"not finished within the deadline of {timeout_s:g} s", "deadline_exceeded")

@@ -15,7 +15,7 @@ from server.admission import Ticket
 from server.auth import Caller
 from server.call import Call
 from server.connection import Connection, UpstreamError
-from server.errors import ApiError, unavailable
+from server.errors import ApiError, deadline_exceeded, unavailable
 from server.ledger import Need
 from server.metrics import Metrics
 from server.pace import Pace
@@ -103,7 +103,7 @@ class Exchange(Response):
         except ApiError as caught:
             error = caught
         except TimeoutError:
-            error = ApiError(504, f"not finished within the deadline of {self._services.timeout_s:g} s", "deadline_exceeded")
+            error = deadline_exceeded(self._services.timeout_s)
         except UpstreamError:
             error = unavailable("the engine failed while it worked on this request; try again", "engine_failed")
         except asyncio.CancelledError:

@@ -13,7 +13,7 @@ from server import openapi
 from server.auth import Caller, Keys
 from server.call import CHAT, COMPLETION, RESPONSES, Call, Kind, decode, parse
 from server.config import ServeConfig
-from server.errors import ApiError
+from server.errors import ApiError, deadline_exceeded
 from server.exchange import Exchange, Services
 from server.ledger import Need
 from server.literal import Literal
@@ -67,7 +67,11 @@ class Gateway:
     async def plan(self, request: Request) -> Response:
         """Whether a request would fit and how long it would take, without sending it: the same body as for generation."""
         caller, call = await self._accept(request, None)
-        pool, sized = await self._profiles.place(call, caller, request.state.request_id, remember=False)
+        try:
+            async with asyncio.timeout(self._config.request_timeout_s):
+                pool, sized = await self._profiles.place(call, caller, request.state.request_id, remember=False)
+        except TimeoutError:
+            raise deadline_exceeded(self._config.request_timeout_s) from None
         prompt_tokens, need = sum(sized.prompt_tokens), Need(call.n, sized.prompt_tokens, sized.max_tokens)
         admission, largest = pool.admission, pool.admission.roomiest()
         free_tokens = max(ledger.free_tokens for ledger in admission.ledgers)

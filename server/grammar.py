@@ -44,7 +44,7 @@ def _is_grammar(value: Any) -> bool:
     return bool(form != {"type": "text"})
 
 
-def _repeats(node: Any) -> Iterator[int]:
+def _repeats(node: Any) -> Iterator[float]:
     """Every bound that a grammar compiler would unroll: a schema's length limits, a pattern's {m,n} multiplied."""
     if isinstance(node, str):
         product = 1
@@ -52,7 +52,7 @@ def _repeats(node: Any) -> Iterator[int]:
             product = min(product * max(1, *map(_bound, bounds)), _MAX_REPEATS + 1)
         yield product
     elif isinstance(node, dict):
-        yield from (value for key, value in node.items() if key in _INTEGER_LIMITS and type(value) is int)
+        yield from (value for key, value in node.items() if key in _INTEGER_LIMITS and type(value) in (int, float))
         yield from (bound for value in node.values() for bound in _repeats(value))
     elif isinstance(node, list):
         yield from (bound for value in node for bound in _repeats(value))

@@ -14,6 +14,7 @@ from server.errors import ApiError, bad_request
 
 _BACKLOG = 1024
 _MAX_HEAD_BYTES = 1 << 16
+_OF_A_BODY = (b"content-length", b"transfer-encoding")
 _UNREAD_S = 30  # that a client has to take the rest of an answer whose connection is to be closed
 
 
@@ -91,7 +92,11 @@ def protocol(header_timeout_s: float) -> type[HttpToolsProtocol]:
         def on_headers_complete(self) -> None:
             self._head_bytes = 0
             self._stop_timer()
-            super().on_headers_complete()
+            if self.parser.should_upgrade() and any(name in _OF_A_BODY for name, _ in self.headers):
+                # httptools reads what follows as the next request.
+                message = "an upgrade of the connection is not possible with a body; send it in plain HTTP/1.1"
+                return self._refuse(bad_request(message, code="invalid_http"))
+            return super().on_headers_complete()
 
         def on_body(self, body: bytes) -> None:
             self._head_bytes = 0
@@ -99,7 +104,8 @@ def protocol(header_timeout_s: float) -> type[HttpToolsProtocol]:
 
         def on_message_complete(self) -> None:
             self._head_bytes = 0
-            super().on_message_complete()
+            if not self.transport.is_closing():
+                super().on_message_complete()
 
         def connection_lost(self, exc: Exception | None) -> None:
             self._stop_timer()

@@ -54,7 +54,8 @@ def fit(call: Call, limits: CallLimits, prompt_tokens: tuple[int, ...], salt: st
     longest = max(prompt_tokens)
     if longest + (call.max_tokens or 1) > limits.window:
         raise _too_long(call, longest, limits.window)
-    max_tokens = call.max_tokens or min(limits.default_max_tokens, limits.window - longest)
+    most = limits.max_generated_tokens // (call.n * call.prompts)
+    max_tokens = call.max_tokens or min(limits.default_max_tokens, limits.window - longest, most)
     return Sized(prompt_tokens, max_tokens, _payload(call, max_tokens, salt), longest + max_tokens > limits.measured_window)
 
 
@@ -135,7 +136,7 @@ def _message_of(answer: Any) -> str:
 def _payload(call: Call, max_tokens: int, salt: str | None) -> bytes:
     """The client's bytes with the fields that we add; they go in front, since copying is cheaper than encoding again."""
     added: dict[str, Any] = {}
-    if call.max_tokens is None:
+    if all(call.fields.get(name) is None for name in call.kind.max_tokens):  # null is the whole window to vLLM
         added[call.kind.max_tokens[0]] = max_tokens
     if salt:
         own = call.fields.get("cache_salt")

@@ -16,12 +16,15 @@ from helpers_server import (
     Gateway,
     StartGateway,
     complete,
+    error_of,
     free_port,
     gateways,
     running_engine,
     wait_for,
 )
 
+from ard_serve.errors import UsageError
+from server.config import ServeConfig
 from server.metrics import engine_sample
 
 
@@ -152,3 +155,18 @@ def test_the_metrics_of_two_engines_are_one_valid_scrape(start: StartGateway, tm
 def starts(log: Path) -> int:
     """Requests that reached an engine."""
     return sum(json.loads(line)["event"] == "start" for line in log.read_text().splitlines())
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:abc", "http://127.0.0.1:99999", "http://user:secret@127.0.0.1:8000"])
+def test_an_address_that_cannot_be_is_a_usage_error(url: str) -> None:
+    with pytest.raises(UsageError, match="attach"):
+        ServeConfig.resolve(None, {"model": "tiny", "attach": [url]})
+
+
+def test_a_plan_ends_at_the_deadline_when_its_engine_hangs(attach: Callable[..., Gateway], port: int, tmp_path: Path) -> None:
+    with running_engine(FAKE_ENGINE, port, tmp_path / "engine.jsonl") as engine:
+        gateway = attach(request_timeout_s=1).until_ready()
+        engine.send_signal(signal.SIGSTOP)
+        with gateway.client() as client:
+            response = client.post("/v1/plan", json={"prompt": "x" * 1100})
+    assert (response.status_code, error_of(response)["code"]) == (504, "deadline_exceeded")

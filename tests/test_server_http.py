@@ -205,3 +205,18 @@ def test_a_generation_is_logged_and_counted_once(gateway: Gateway) -> None:
     assert complete(gateway, script={"status": 500}).status_code == 500
     wait_for(lambda: len(access(gateway)) >= before + 2)
     assert [line["outcome"] for line in access(gateway)[before:]] == ["ok", "engine_error"]
+
+
+@pytest.mark.parametrize("size", [b"content-length: 31", b"transfer-encoding: chunked"])
+def test_an_upgrades_body_is_never_taken_for_a_request(gateway: Gateway, size: bytes) -> None:
+    """Java's HttpClient asks for h2c with every request, a body or not."""
+    head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\nconnection: Upgrade\r\nupgrade: h2c\r\n%b\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", gateway.port), timeout=5) as connection:
+        connection.sendall(head % size)
+        assert b" 400 " in connection.recv(4096)
+        with contextlib.suppress(OSError):
+            connection.sendall(OPENING + b"\r\n")
+            assert not connection.recv(4096)
+    with socket.create_connection(("127.0.0.1", gateway.port), timeout=5) as connection:
+        connection.sendall(OPENING + b"connection: Upgrade\r\nupgrade: h2c\r\n\r\n")
+        assert b" 200 " in connection.recv(4096)

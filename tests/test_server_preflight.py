@@ -235,6 +235,13 @@ def test_each_spelling_of_vllms_flags_counts(tmp_path: Path, flag: str, joint: s
     assert kv_tokens(folder, f"{flag}{joint}2", told_bytes=1 << 20) == 2 * kv_tokens(folder, "", told_bytes=1 << 20)
 
 
+def test_ranks_beyond_the_heads_of_keys_and_values_hold_copies(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "model")  # two such heads
+    two, four = (kv_tokens(folder, f"-tp {ranks}", gpus=4, told_bytes=1 << 20) for ranks in (2, 4))
+    assert four == two
+    assert kv_tokens(folder, "-pp 4", gpus=4, told_bytes=1 << 20) == 2 * two
+
+
 def test_weights_take_what_the_operators_dtype_makes_of_them(tmp_path: Path) -> None:
     checkpoint = check_model(ServeConfig(model=write_model(tmp_path / "model")))
     stored, halved = (capacity.plan(checkpoint, (), 1 << 30, args).weight_bytes for args in ((), ("--dtype", "bfloat16")))

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from helpers_server import Gateway, gateways, wait_for
 
-from server.call import RESPONSES, CallLimits, parse
+from server.call import CHAT, COMPLETION, RESPONSES, CallLimits, Kind, parse
 from server.config import ServeConfig
-from server.sizing import count
+from server.sizing import count, fit
 
 LIMITS = CallLimits.of(ServeConfig(model=Path("tiny")), window=512, measured=None)
 MESSAGES = [
@@ -95,3 +95,15 @@ def test_a_responses_request_is_asked_for_as_the_chat_that_vllm_makes_of_it() ->
 )
 def test_what_is_more_than_a_chat_is_not_asked_for(fields: dict[str, Any]) -> None:
     assert asked(**fields) == []
+
+
+@pytest.mark.parametrize(("kind", "said"), [(COMPLETION, {}), (COMPLETION, {"max_tokens": None}), (CHAT, {}), (CHAT, {"n": 8})])
+def test_the_engine_is_told_the_answers_length_that_was_reserved(kind: Kind, said: dict[str, Any]) -> None:
+    """To vLLM null is the rest of the window, and what a client does not say must not pass a limit either."""
+    limits = CallLimits.of(ServeConfig(model=Path("tiny"), max_generated_tokens=100), window=512, measured=None)
+    prompt = [1, 2] if kind is COMPLETION else [{"role": "user", "content": "a"}]
+    sized = fit(
+        parse(json.dumps({kind.prompt: prompt, **said}).encode(), kind, limits, frozenset(), "tiny"), limits, (2,), None
+    )
+    assert json.loads(sized.payload)[kind.max_tokens[0]] == sized.max_tokens
+    assert sized.max_tokens * said.get("n", 1) <= 100

@@ -18,7 +18,8 @@ _CHUNK_BYTES = 1 << 22
 
 
 class _Record(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    # A perplexity may be no number, which JSON cannot say; null would make a manifest that nobody can read back.
+    model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="strings")
 
 
 class FileRecord(_Record):
@@ -117,7 +118,7 @@ def sha256_of(path: Path) -> str:
 
 
 def describe_files(folder: Path) -> tuple[FileRecord, ...]:
-    """Record every file below `folder` except the manifest itself, in path order."""
+    """Record every file below `folder` except the manifest itself and hidden ones, in path order."""
     return tuple(
         FileRecord(path=path.relative_to(folder).as_posix(), size_bytes=path.stat().st_size, sha256=sha256_of(path))
         for path in _files(folder)
@@ -177,7 +178,11 @@ def verify(folder: Path, manifest: Manifest) -> None:
 
 
 def _files(folder: Path) -> Iterator[Path]:
-    yield from (path for path in sorted(folder.rglob("*")) if path.is_file() and path != folder / MANIFEST_NAME)
+    """Hidden files are passed over: git and the hub's own tools leave some in every copy, and no engine reads them."""
+    for path in sorted(folder.rglob("*")):
+        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+        if path.is_file() and not hidden and path != folder / MANIFEST_NAME:
+            yield path
 
 
 def _some(names: list[str]) -> str:

@@ -1,6 +1,7 @@
 """`ard eval`: measure models one after the other on the same text and tasks, compare them, and report."""
 
 import logging
+import os
 import platform
 import time
 from collections.abc import Iterator, Sequence
@@ -25,6 +26,7 @@ from restore.evaluation.reader import Reader
 from restore.evaluation.results import Comparison, Evaluation, EvaluationReport, TaskScore
 from restore.evaluation.served import Served
 from restore.inspection import read_config
+from restore.rope import served_length
 
 _log = logging.getLogger(__name__)
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -99,11 +101,11 @@ def run(
     manifest = read_manifest(folder)
     target_length = manifest.rope.target_length if manifest else served_length(read_config(folder))
     config = config.for_target(target_length, manifest.base.native_window if manifest else None)
-    candidates = _candidates(folder, manifest, base, stretched, against, server)
+    candidates = _candidates(model, folder, manifest, base, stretched, against, server)
     if server:
         _served(server, config)
     preflight.check_folders([candidate.folder for candidate in candidates], config)
-    out.mkdir(parents=True, exist_ok=True)
+    _make(out)
     try:
         found = _measure(candidates, config)
     except (RuntimeError, MemoryError) as error:
@@ -115,8 +117,11 @@ def run(
     if restoration and {"native", "restored"} <= {candidate.name for candidate in candidates}:
         verdict = gate.judge(found, GateConfig(), restoration.native_window)
         restoration = replace(restoration, checks=verdict.checks, served_limit=verdict.served_limit)
-    paths = report.write(found, out, restoration)
     report.print_summary(found)
+    try:
+        paths = report.write(found, out, restoration)
+    except OSError as error:
+        raise ResourceError(f"{out}: the report cannot be written ({error.strerror}); choose another --out") from None
     _log.info("report: %s", paths[-1])
     return 0
 
@@ -163,13 +168,6 @@ def make_report(results: Sequence[Evaluation], config: EvalConfig) -> Evaluation
     )
 
 
-def served_length(config: dict[str, Any]) -> int:
-    """Tokens that a config.json says the model serves; a linear factor multiplies what it declares, as vLLM reads it."""
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    factor = rope.get("factor", 1.0) if rope.get("rope_type") == "linear" else 1.0
-    return int(config["max_position_embeddings"] * factor)
-
-
 @dataclass(frozen=True)
 class Candidate:
     """A model to measure: weights and tokenizer of an inspected `folder`, with another config.json where one is given.
@@ -199,14 +197,20 @@ class Candidate:
 
 def _served(url: str, settings: EvalConfig) -> Served:
     served = Served(url)
-    longest = max(*settings.lengths, *settings.sliding, *(settings.needle_lengths if settings.needle_samples else ()))
+    longest = max((*settings.lengths, *settings.sliding, *(settings.needle_lengths if settings.needle_samples else ())))
     if longest > served.window:
         raise UsageError(f"server = {url}: serves {served.window} tokens, the longest window has {longest}; lower --lengths")
     return served
 
 
 def _candidates(
-    folder: Path, manifest: Manifest | None, base: str | None, stretched: bool, against: Sequence[str], server: str | None
+    model: str,
+    folder: Path,
+    manifest: Manifest | None,
+    base: str | None,
+    stretched: bool,
+    against: Sequence[str],
+    server: str | None,
 ) -> list[Candidate]:
     """Native first, since everything is compared with the first."""
     found: list[Candidate] = []
@@ -215,12 +219,27 @@ def _candidates(
         found.append(Candidate("native", base_folder))
         if stretched:
             found.append(Candidate("stretched", base_folder, read_config(folder)))
-    found.append(Candidate("restored" if manifest else folder.name, folder, server=server))
-    found += [Candidate(other.name, other) for other in map(loading.resolve, against)]
+    found.append(Candidate("restored" if manifest else called(model), folder, server=server))
+    found += [Candidate(called(other), loading.resolve(other)) for other in against]
     names = [candidate.name for candidate in found]
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise UsageError(f"two models are called '{twice}': rename a folder, reports tell models apart by name")
     return found
+
+
+def called(model: str) -> str:
+    """What reports call a model: the last part of its folder's path or of its hub name, whose folder is called by a hash."""
+    return Path(os.path.abspath(Path(model).expanduser())).name
+
+
+def _make(out: Path) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        writable = os.access(out, os.W_OK | os.X_OK)
+    except OSError as error:
+        raise ResourceError(f"{out}: cannot be made ({error.strerror}); choose another --out") from None
+    if not writable:
+        raise ResourceError(f"{out}: cannot be written; choose another --out")
 
 
 def _base_folder(folder: Path, manifest: Manifest | None, base: str | None) -> Path | None:

@@ -61,7 +61,7 @@ def inspect(folder: Path) -> Checkpoint:
     _refuse_remote_code(folder, config)
     _require_safetensors(folder)
     check_architecture(config)
-    if "quantization_config" in config:
+    if config.get("quantization_config") is not None:
         raise ModelError(f"{folder}: quantised weights cannot be trained; give the unquantised checkpoint")
     tensors = {name: header for name, header in weights.read_headers(folder).items() if not _COMPUTED.search(name)}
     if manifest := artifact.read_manifest(folder):
@@ -77,7 +77,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
     Raises:
         UsageError: there is no such folder, or no config.json in it.
-        ModelError: config.json is not a JSON object.
+        ModelError: config.json, or RoPE in it, is not a JSON object.
     """
     path = folder / "config.json"
     if not folder.is_dir():
@@ -87,6 +87,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     config = read_json(path)
     if "model_type" not in config:
         raise UsageError(f"{folder}: not a Hugging Face model folder, its config.json names no model_type")
+    for name in ("rope_scaling", "rope_parameters"):
+        if not isinstance(found := config.get(name) or {}, dict):
+            raise ModelError(f"{path}: {name} = {found!r} must be a JSON object or null; copy the checkpoint again")
     return config
 
 

@@ -17,7 +17,8 @@ __all__ = ["Checkpoint", "inspect", "load", "load_tokenizer", "resolve"]
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 # Neither pickles nor code are ever fetched; `consolidated` and `original` hold the same weights in another layout.
-_WANTED = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "LICENSE*", "NOTICE*", "USE_POLICY*"]
+# Cards and reports because the manifest of an export lists them.
+_WANTED = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.md", "*.html", "LICENSE*", "NOTICE*", "USE_POLICY*"]
 _UNWANTED = ["consolidated*", "original/*", "*/*"]
 
 

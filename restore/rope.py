@@ -157,7 +157,7 @@ def served_length(config: dict[str, Any]) -> int:
     """Tokens vLLM serves: linear scaling multiplies what config.json declares, every other RoPE declares the whole."""
     rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
     factor = rope["factor"] if rope.get("rope_type", rope.get("type")) == "linear" else 1.0
-    return int(config["max_position_embeddings"] * factor)
+    return int(_declared(config) * factor)
 
 
 def sliding_window(config: dict[str, Any]) -> int | None:
@@ -169,10 +169,15 @@ def sliding_window(config: dict[str, Any]) -> int | None:
     return config.get("sliding_window")
 
 
-def _native_window(config: dict[str, Any], stated: int | None) -> int:
+def _declared(config: dict[str, Any]) -> int:
     declared = config.get("max_position_embeddings")
     if isinstance(declared, bool) or not isinstance(declared, int) or declared < 1:
         raise ModelError(f"max_position_embeddings = {declared!r} in config.json: must be a whole number of tokens, at least 1")
+    return declared
+
+
+def _native_window(config: dict[str, Any], stated: int | None) -> int:
+    declared = _declared(config)
     sliding = sliding_window(config)
     full = min(declared, sliding or declared)
     if stated is None and full < declared:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from ard_serve import artifact
-from ard_serve.errors import DataError, UsageError
+from ard_serve.errors import DataError, ModelError, ResourceError, UsageError
 from restore import evaluate, job, loading
 from restore.config import RestoreConfig
 from restore.evaluation import preflight
@@ -233,9 +233,64 @@ def test_one_loaded_model_can_be_measured_as_it_is(base: Path, texts: Path) -> N
     assert found.seconds > 0
 
 
-def test_the_served_length_is_what_vllm_reads() -> None:
-    assert evaluate.served_length({"max_position_embeddings": 100}) == 100
-    linear = {"rope_type": "linear", "factor": 8.0}
-    assert evaluate.served_length({"max_position_embeddings": 100, "rope_parameters": linear}) == 800
-    yarn = {"rope_type": "yarn", "factor": 8.0}
-    assert evaluate.served_length({"max_position_embeddings": 800, "rope_parameters": yarn}) == 800
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"rope_parameters": None, "rope_scaling": {"rope_type": "linear", "factor": 4.0}}, [512]),
+        ({"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 4.0}}, [512]),
+        ({"max_position_embeddings": None}, "max_position_embeddings = None in config.json"),
+        ({"max_position_embeddings": "128"}, "max_position_embeddings = '128' in config.json"),
+    ],
+)
+def test_a_model_is_measured_up_to_what_its_config_says(
+    base: Path, texts: Path, tmp_path: Path, fields: dict[str, Any], says: list[int] | str
+) -> None:
+    """Also where an older tool wrote the type of RoPE under another name."""
+    model = Path(shutil.copytree(base, tmp_path / "model"))
+    (model / "config.json").write_text(json.dumps(read_config(base) | fields))
+    config = settings(texts, lengths=(), needle_samples=0, tasks=(), sliding=(), windows=1)
+    if isinstance(says, str):
+        with pytest.raises(ModelError, match=says):
+            evaluate.run(str(model), config, tmp_path / "out")
+    else:
+        evaluate.run(str(model), config, tmp_path / "out")
+        assert read(tmp_path / "out").config["lengths"] == says
+
+
+def test_models_are_called_by_what_was_asked_for(
+    base: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The hub's cache calls a folder by its commit, and Python calls the folder `.` by nothing."""
+    snapshot = Path(shutil.copytree(base, tmp_path / "snapshots" / "0a1b2c"))
+    here = loading.resolve
+    monkeypatch.setattr(loading, "resolve", lambda model: snapshot if model == "org/name" else here(model))
+    monkeypatch.chdir(base)
+    config = settings(texts, lengths=(64,), needle_samples=0, tasks=(), sliding=(), windows=1)
+    evaluate.run(".", config, tmp_path / "out", against=["org/name"])
+    assert [model.name for model in read(tmp_path / "out").models] == [base.name, "name"]
+
+
+def test_a_report_that_cannot_be_written_is_one_line(base: Path, texts: Path, tmp_path: Path) -> None:
+    config = settings(texts, lengths=(64,), needle_samples=0, tasks=(), sliding=(), windows=1)
+    (tmp_path / "file").write_text("")
+    for out in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(ResourceError, match="cannot be made"):
+            evaluate.run(str(base), config, out)
+    (tmp_path / "out" / "report.md").mkdir(parents=True)
+    with pytest.raises(ResourceError, match="the report cannot be written"):
+        evaluate.run(str(base), config, tmp_path / "out")
+
+
+def test_a_server_that_cannot_be_asked_is_one_line(
+    base: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = settings(texts, lengths=(64,), needle_samples=0, tasks=(), sliding=())
+    with pytest.raises(UsageError, match="no vLLM answers there"):
+        evaluate.run(str(base), config, tmp_path / "out", server="http://[::1")
+
+    class Short:
+        window = 32
+
+    monkeypatch.setattr(evaluate, "Served", lambda url: Short())
+    with pytest.raises(UsageError, match="serves 32 tokens, the longest window has 64"):
+        evaluate.run(str(base), config, tmp_path / "out", server="http://127.0.0.1:1")

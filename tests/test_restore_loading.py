@@ -16,6 +16,7 @@ import torch
 from huggingface_hub import constants
 from transformers import AutoModelForCausalLM
 
+from ard_serve import artifact
 from ard_serve.errors import ModelError, UsageError
 from restore.loading import inspect, load, load_tokenizer, resolve
 
@@ -62,6 +63,20 @@ def test_load_takes_another_config_and_dtype(checkpoint: Path) -> None:
     assert model.config.rope_parameters["factor"] == 4.0
 
 
+@pytest.mark.parametrize("field", ["rope_scaling", "rope_parameters"])
+def test_rope_that_is_no_object_is_refused(checkpoint: Path, field: str) -> None:
+    config = json.loads((checkpoint / "config.json").read_text())
+    (checkpoint / "config.json").write_text(json.dumps(config | {field: "linear"}))
+    with pytest.raises(ModelError, match=f"{field} = 'linear' must be a JSON object or null"):
+        inspect(checkpoint)
+
+
+def test_a_null_quantization_config_is_none(checkpoint: Path) -> None:
+    config = json.loads((checkpoint / "config.json").read_text())
+    (checkpoint / "config.json").write_text(json.dumps(config | {"quantization_config": None}))
+    inspect(checkpoint)
+
+
 @pytest.mark.fault("R1")
 def test_path_that_does_not_exist_is_named(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="nowhere: no such folder") as caught:
@@ -97,6 +112,19 @@ def test_offline_opens_no_socket(tmp_path: Path) -> None:
     assert ended.returncode == 2, ended.stderr
     assert "HF_HUB_OFFLINE is set" in ended.stdout
     assert "AF_INET" not in trace.read_text()
+
+
+def manifest_of(folder: Path) -> artifact.Manifest:
+    recipe = artifact.RecipeRecord(name="default", objectives={}, trainable="full", steps=1, tokens=1, seed=0)
+    return artifact.Manifest(
+        created_at="2026-01-01T00:00:00+00:00",
+        ard_serve_version="0",
+        base=artifact.BaseModelRecord(name="org/base", architecture="llama", weights_sha256="", native_window=64),
+        rope=artifact.RopeRecord(rope_type="yarn", factor=2.0, target_length=128, parameters={}),
+        recipe=recipe,
+        files=artifact.describe_files(folder),
+        tensors=artifact.describe_tensors(folder),
+    )
 
 
 class _Hub(ThreadingHTTPServer):
@@ -170,6 +198,21 @@ def test_hub_name_is_downloaded_without_pickles_or_code(hub: _Hub) -> None:
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= set(hub.fetched)
     assert not {"pytorch_model.bin", "modeling_own.py"} & set(hub.fetched)
     inspect(folder)
+
+
+def test_an_export_on_the_hub_comes_with_all_that_its_manifest_lists(hub: _Hub, tmp_path: Path) -> None:
+    for name in ("README.md", "report.md", "report.html", "evaluation.json"):
+        (hub.folder / name).write_text("{}")
+    artifact.write_manifest(hub.folder, manifest_of(hub.folder))
+    (hub.folder / ".gitattributes").write_text("the hub adds it to every repository")
+    inspect(resolve("org/name"))
+    copy = Path(shutil.copytree(hub.folder, tmp_path / "copy"))
+    (copy / ".cache" / "huggingface").mkdir(parents=True)
+    (copy / ".cache" / "huggingface" / "README.md.metadata").write_text("as `hf download --local-dir` leaves it")
+    inspect(copy)
+    (copy / "more.json").write_text("{}")
+    with pytest.raises(ModelError, match=r"more\.json: not listed in ard-manifest\.json"):
+        inspect(copy)
 
 
 def test_unknown_hub_name_is_one_line(hub: _Hub) -> None:

@@ -34,12 +34,12 @@ class Served:
         key = os.environ.get("OPENAI_API_KEY")
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         # A long prompt is read for minutes before the answer begins.
-        self._client = httpx.Client(base_url=self.url, headers=headers, timeout=httpx.Timeout(None, connect=_CONNECT_S))
         try:
+            self._client = httpx.Client(base_url=self.url, headers=headers, timeout=httpx.Timeout(None, connect=_CONNECT_S))
             reply = self._client.get("/v1/models", timeout=_CONNECT_S)
             card = reply.raise_for_status().json()["data"][0]
             self._name, self.window = str(card["id"]), int(card["max_model_len"])
-        except (httpx.HTTPError, ValueError, LookupError, TypeError) as error:
+        except (httpx.HTTPError, httpx.InvalidURL, ValueError, LookupError, TypeError) as error:
             raise UsageError(f"server = {url}: no vLLM answers there ({error}); start it with `ard serve`") from None
 
     def score(self, requests: Sequence[Request], description: str) -> list[Likelihood]:

@@ -189,7 +189,7 @@ def _worse(found: EvaluationReport) -> list[str]:
     listed = "".join(f"<li>{escape(report.told(row))}</li>" for row in rows)
     text = f"<ul>{listed}</ul>" if rows else "<p>Nothing that was measured.</p>"
     few = report.undecided(found)
-    untold = f" Too few windows or prompts to tell: {'; '.join(few)}." if few else ""
+    untold = f" Too few windows or prompts to tell: {escape('; '.join(few))}." if few else ""
     note = (
         f"Against {reference}, on the same items, by more than chance explains (p below 0.05). {escape(report.TESTS)}{untold}"
     )

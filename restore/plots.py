@@ -8,6 +8,7 @@ colour-blind readers; line styles and markers tell models apart without any colo
 
 import argparse
 import io
+import math
 import re
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -272,6 +273,7 @@ def token_axis(axes: Axes, lengths: Sequence[int]) -> None:
 
 def _perplexity_axis(axes: Axes, drawn: dict[str, dict[Any, float]]) -> None:
     """Logarithmic where needed; a model that breaks down leaves the plot instead of flattening the others."""
+    drawn = {name: {at: value for at, value in values.items() if math.isfinite(value)} for name, values in drawn.items()}
     worst = sorted((max(values.values()), name) for name, values in drawn.items() if values)
     if len(worst) > 1 and worst[-1][0] > _OFF_SCALE * worst[-2][0]:
         value, name = worst[-1]

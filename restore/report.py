@@ -184,7 +184,8 @@ def _chance(row: Comparison) -> str:
 
 
 def _worse(row: Comparison) -> bool:
-    return row.after > row.before if row.what.startswith("perplexity") else row.after < row.before
+    # A perplexity that is no number is worse than any.
+    return not row.after <= row.before if row.what.startswith("perplexity") else row.after < row.before
 
 
 def _significant(row: Comparison) -> bool:
@@ -276,21 +277,24 @@ def _needles_limit_nothing(native: Evaluation, native_window: int) -> bool:
 
 def how(found: EvaluationReport) -> str:
     """How the figures came about, in plain words."""
-    windows = found.config["windows"]
+    windows = f"{found.config['windows']} window{'s' * (found.config['windows'] != 1)}"
     slid = any(model.sliding for model in found.models)
     served = [f" {model.name}: as the server at {model.server} answered." for model in found.models if model.server]
     cut, haystack = found.models[0].window_documents, found.models[0].haystack
     origin = f", from {len(set(cut))} documents" if len(set(cut)) > 1 else f" ({cut[0]})" if cut else ""
     hidden = f"a book ({haystack})" if haystack else "a book"
+    asked = f"Needle: a six-digit number hidden in {hidden}, right when it is the first number the model writes. "
+    sought = any(model.scores.needle for model in found.models)
+    short = f"Short tasks{_items(found)} ± one standard error." if any(model.tasks for model in found.models) else ""
     return (
         f"Measured {found.created_at} with ard-serve {found.ard_serve_version} on {found.machine}, {found.config['dtype']}, "
-        f"in {sum(model.seconds for model in found.models):.0f} s. Perplexity: {windows} windows of held-out text for each "
+        f"in {sum(model.seconds for model in found.models):.0f} s. Perplexity: {windows} of held-out text for each "
         f"length{origin}, over their last 1,024 tokens (half the window below 2,048); windows of every length end at the same "
         "places. "
-        f"Needle: a six-digit number hidden in {hidden}, right when it is the first number the model writes. "
+        f"{asked if sought else ''}"
         f"{'Sliding: every token of whole documents, once. ' if slid else ''}"
-        f"Short tasks{_items(found)} ± one standard error.{''.join(served)}"
-    )
+        f"{short}{''.join(served)}"
+    ).rstrip()
 
 
 def _items(found: EvaluationReport) -> str:

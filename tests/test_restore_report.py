@@ -1,6 +1,7 @@
 """A report tells the figures, says what got worse, and stands alone in light and dark."""
 
 import json
+import math
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -10,7 +11,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from ard_serve.artifact import DataRecord, RecipeRecord
+from ard_serve.artifact import DataRecord, Quality, RecipeRecord
 from ard_serve.errors import UsageError
 from restore import evaluate, plots, report
 from restore.config import Objective
@@ -115,6 +116,40 @@ def test_json_reads_back_as_what_was_measured(found: EvaluationReport, tmp_path:
     assert EvaluationReport.model_validate_json((tmp_path / "evaluation.json").read_bytes()) == found
     raw = json.loads((tmp_path / "evaluation.json").read_text())
     assert raw["models"][2]["tasks"][0]["correct"][:3] == [1, 1, 1]
+
+
+def test_a_figure_that_is_no_number_reads_back(found: EvaluationReport, tmp_path: Path) -> None:
+    """A model that breaks down at one length must not cost the whole evaluation, nor what `ard export --force` makes of it."""
+    whole = PerplexityScore(length=512, window_nll=(1.0, 1.1, 1.2, 1.0, 1.1, 1.2))
+    broken = PerplexityScore(length=512, window_nll=(math.nan,) * 6)
+    native, restored = (
+        found.models[0].model_copy(update={"name": name, "perplexity": (score,)})
+        for name, score in (("native", whole), ("restored", broken))
+    )
+    write(tmp_path, evaluate.make_report([native, restored], EvalConfig(data=("x",))))
+    back = report.read(tmp_path / "evaluation.json")
+    assert math.isnan(back.models[1].perplexity[0].window_nll[0])
+    assert [row.what for row in report.worsened(back)] == ["perplexity at 512"]
+    json.loads((tmp_path / "evaluation.json").read_text(), parse_constant=pytest.fail)
+    quality = Quality(native=back.models[1].scores)
+    assert math.isnan(Quality.model_validate_json(quality.model_dump_json()).native.perplexity[512])  # type: ignore[union-attr]
+
+
+def test_what_was_not_measured_is_not_explained(found: EvaluationReport) -> None:
+    bare = found.models[0].model_copy(update={"needles": (), "haystack": None, "tasks": ()})
+    told = report.how(found.model_copy(update={"models": (bare,), "config": found.config | {"windows": 1}}))
+    assert "Needle" in report.how(found)
+    assert "Needle" not in told
+    assert "Short tasks" not in told
+    assert "Perplexity: 1 window of" in told
+
+
+def test_a_task_named_like_markup_stays_text(found: EvaluationReport, tmp_path: Path) -> None:
+    few = found.models[0].tasks[0].model_copy(update={"name": "<b>few", "correct": (1, 0), "metrics": {}})
+    pair = [found.models[0].model_copy(update={"name": name, "tasks": (few,)}) for name in ("native", "restored")]
+    html = write(tmp_path, evaluate.make_report(pair, EvalConfig(data=("x",))))[1]
+    assert "Too few windows or prompts to tell: &lt;b&gt;few" in html
+    assert "<b>few" not in html
 
 
 def test_a_file_that_is_no_evaluation_is_refused_in_one_line(found: EvaluationReport, tmp_path: Path) -> None:

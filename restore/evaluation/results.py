@@ -12,7 +12,8 @@ SIGNIFICANT = 0.05
 
 
 class _Record(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    # A model that breaks down gives figures that are no numbers; JSON has none, and null could not be read back.
+    model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="strings")
 
 
 class PerplexityScore(_Record):

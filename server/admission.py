@@ -37,13 +37,13 @@ class Ticket:
     ledger: Ledger | None = None
     tokens: int = 0
     seats: int = 0
-    prefilling: bool = False
+    prefilling: int = 0  # long prompts of it that are being read
     granted_at: float = field(default=0.0)
 
     def prefilled(self) -> None:
         if self.prefilling and self.ledger:
-            self.prefilling = False
-            self.ledger.long_prefills -= 1
+            self.ledger.long_prefills -= self.prefilling
+            self.prefilling = 0
             self.admission.grant()
 
     def held_s(self) -> float:
@@ -71,7 +71,11 @@ class Admission:
 
     def is_long(self, need: Need) -> bool:
         """Whether a request takes the long lane."""
-        return max(need.prompt_tokens) > self.lanes.long_tokens
+        return self._long_prompts(need) > 0
+
+    def _long_prompts(self, need: Need) -> int:
+        """Places of the long lane that a request takes; one with more long prompts than there are takes them all."""
+        return min(sum(length > self.lanes.long_tokens for length in need.prompt_tokens), self.lanes.max_long_prefills)
 
     def roomiest(self) -> Ledger:
         """The engine with the largest KV cache."""
@@ -80,7 +84,7 @@ class Admission:
     def refusal(self, least: Need) -> ApiError | None:
         """The answer to a request of this size or more that could neither enter now nor wait, or None."""
         is_long = self.is_long(least)
-        enters = not self._queues[is_long] and any(ledger.fits(least) for ledger in self._doors(is_long))
+        enters = not self._queues[is_long] and any(ledger.fits(least) for ledger in self._doors(least))
         return None if enters or self.waiting < self._queue_size else self._full()
 
     @asynccontextmanager
@@ -142,9 +146,8 @@ class Admission:
             ledger.reserved_tokens += ticket.tokens
             ledger.reserved_seats += ticket.seats
             ledger.running += 1
-            if ticket.is_long:
-                ticket.prefilling = True
-                ledger.long_prefills += 1
+            ticket.prefilling = self._long_prompts(ticket.need)
+            ledger.long_prefills += ticket.prefilling
             ticket.granted_at = time.monotonic()
             if not ticket.granted.done():
                 ticket.granted.set_result(None)
@@ -152,18 +155,19 @@ class Admission:
     def _next(self) -> tuple[Ticket, Ledger] | None:
         """The next to enter, and the engine with the most free memory."""
         for ticket in sorted((queue[0] for queue in self._queues if queue), key=lambda t: t.asked_at):
-            doors = self._doors(ticket.is_long)
+            doors = self._doors(ticket.need)
             if fitting := [ledger for ledger in doors if ledger.fits(ticket.need)]:
                 return ticket, max(fitting, key=lambda ledger: ledger.free_tokens)
             if doors and time.monotonic() - ticket.asked_at > _OVERTAKE_SHARE * self._queue_timeout_s:
                 return None
         return None
 
-    def _doors(self, is_long: bool) -> list[Ledger]:
+    def _doors(self, need: Need) -> list[Ledger]:
         """Engines that take such a prompt if they have the room. One that hangs gets new work only if no other runs."""
         doors = [ledger for ledger in self.ledgers if ledger.is_open]
         doors = [ledger for ledger in doors if ledger.is_ready] or doors
-        return [ledger for ledger in doors if not is_long or ledger.long_prefills < self.lanes.max_long_prefills]
+        places = self._long_prompts(need)
+        return [ledger for ledger in doors if not places or ledger.long_prefills + places <= self.lanes.max_long_prefills]
 
     def _full(self) -> ApiError:
         return self._busy(f"{self._queue_size} requests are waiting already")

@@ -143,6 +143,24 @@ async def test_long_prompts_leave_room_in_the_batch_for_short_ones() -> None:
 
 
 @pytest.mark.timing
+async def test_each_long_prompt_of_a_request_takes_a_place() -> None:
+    door = Door()
+    several = door.slot(Need(1, (101, 101, 1), 1))
+    async with door.slot(Need(1, (101,), 1)) as first:
+        waits = asyncio.create_task(several.__aenter__())
+        await settle()
+        assert (waits.done(), door.ledger.long_prefills) == (False, 1)
+        first.prefilled()
+        ticket = await waits
+        assert door.ledger.long_prefills == 2
+        ticket.prefilled()
+        assert door.ledger.long_prefills == 0
+        async with door.slot(Need(1, (101,) * 3, 1)):  # more than there are places: it takes them all
+            assert door.ledger.long_prefills == 2
+    await several.__aexit__(None, None, None)
+    assert (door.ledger.long_prefills, door.ledger.reserved_tokens) == (0, 0)
+
+
 async def test_short_requests_overtake_a_blocked_long_one_but_not_for_ever() -> None:
     door = Door(queue_timeout_s=0.4)
     inside = Guest(door, 500, prompt_tokens=5)

@@ -1,10 +1,11 @@
 """Every setting of a restoration, in one place: the fields of a config file and the flags of `ard restore`."""
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from ard_serve.settings import Settings
 from restore.evaluation.config import EvalConfig, GateConfig
@@ -137,6 +138,12 @@ class RestoreConfig(Settings):
     gate: GateConfig = Field(GateConfig(), description="what the restored model must reach to be published")
     # Left out of the saved settings: it speaks of one publication, not of the run.
     force: bool = Field(False, exclude=True, description="publish a model that misses its limits, and say so in its card")
+
+    @field_validator("model")
+    @classmethod
+    def _named(cls, model: str) -> str:
+        """`.` and `..` are another folder elsewhere, and no name for a card."""
+        return os.path.abspath(model) if Path(model).name in ("", "..") else model
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -15,6 +15,7 @@ _LONG_WINDOW_FACTOR = 8
 _RATE, _RATE_WIDTH, _RATE_POWER, _FULL_RATE = 1e-3, 576, 0.781, 0.3
 # Hidden states of one pass, tokens times width, beyond which more of them at once make nothing faster.
 _PASS_CHANNELS = 1 << 24
+_SHORTEST_TOKENS = 4
 # Lengths of what people ask in a sentence to a page; a native window has few places with as little in front of them.
 _CUT_TOKENS = (64, 128, 256, 512, 1024)
 
@@ -80,10 +81,13 @@ def plan_steps(config: RestoreConfig, rope: RopePlan) -> Plan:
     ones (docs/decisions/0001-default-recipe.md).
 
     Raises:
-        UsageError: a window longer than the teacher or the target reads.
+        UsageError: a window longer than the teacher or the target reads, or too short to predict anything in.
     """
     window = config.window or rope.native_window
     long_window = config.long_window or min(rope.target_length, _LONG_WINDOW_FACTOR * rope.native_window)
+    if (least := min(window, long_window)) < _SHORTEST_TOKENS:
+        name = "window" if least == window else "long_window"
+        raise UsageError(f"{name} = {least}: at least {_SHORTEST_TOKENS} tokens, or half a window has none to predict")
     if window > rope.native_window:
         raise UsageError(f"window = {window}: the teacher reads at most its native window of {rope.native_window} tokens")
     if long_window > rope.target_length:

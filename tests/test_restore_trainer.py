@@ -122,12 +122,22 @@ def test_a_long_window_counts_for_the_steps_that_have_none(make_trainer: Callabl
     [
         ({"window": 129}, "window = 129: the teacher reads at most its native window of 128"),
         ({"long_window": 513}, "long_window = 513: at most the target length of 512"),
+        ({"window": 2}, "window = 2: at least 4 tokens"),
+        ({"long_window": 1}, "long_window = 1: at least 4 tokens"),
         ({"recipe": "cpt", "long_share": 0.0}, "long_share = 0 leaves nothing to train"),
     ],
 )
 def test_windows_nobody_can_read_are_refused(values: dict[str, Any], says: str) -> None:
     with pytest.raises(UsageError, match=says):
         plan_steps(settings(**values), plan_rope(CONFIG, 512))
+
+
+def test_a_model_told_by_a_dot_is_recorded_by_its_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "model" / "below").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "model" / "below")
+    assert settings(model=".").model == str(tmp_path / "model" / "below")
+    assert settings(model="../..").model == str(tmp_path)
+    assert settings(model="org/name").model == "org/name"
 
 
 @pytest.mark.parametrize("objectives", [("self_relation", "attention", "logits"), ("lm",)])

@@ -195,8 +195,11 @@ class Exchange(Response):
             await send({"type": "http.response.body", "body": events, "more_body": True})
             if any(_starts(events, mark) for mark in _LAST_EVENTS):
                 self.outcome = "ok"
+                break
         if self.outcome != "ok":
             raise UpstreamError("the stream ended before its last event")
+        with contextlib.suppress(UpstreamError):  # after its last event no failure may be told any more
+            await answer.read()
         await send({"type": "http.response.body", "body": b""})
 
     @staticmethod

@@ -1,10 +1,10 @@
 """A stand-in for `python -m vllm.entrypoints.openai.api_server`: the same routes on a Unix socket, scripted faults.
 
 It runs as a process of its own, on `--port` where that is given. A request says in its `user` field, as JSON, how it is
-to be answered: `tokens`, `first_s`, `gap_s` (timing), `end` (done, truncate, error, die, hang), `logprob`, `health` (the
-engine's own status from then on). What it sees it writes to $FAKE_LOG as JSON lines, so that a test can tell what reached the
-engine and what was cancelled. As in vLLM, `--max-num-seqs` requests are computed at once and others wait inside; with `seats`
-in $FAKE_SCRIPT it is so many, whatever the flag says.
+to be answered: `tokens`, `first_s`, `gap_s` (timing), `end` (done, truncate, error, die, hang; late: a stream is cut after its
+last event), `logprob`, `health` (the engine's own status from then on). What it sees it writes to $FAKE_LOG as JSON lines, so
+that a test can tell what reached the engine and what was cancelled. As in vLLM, `--max-num-seqs` requests are computed at once
+and others wait inside; with `seats` in $FAKE_SCRIPT it is so many, whatever the flag says.
 """
 
 import asyncio
@@ -129,9 +129,12 @@ class FakeEngine:
             event(writer, {"id": "cmpl-1", "choices": [{"index": 0, "text": f"{index} data: [DONE]\n\n"}]})
             await writer.drain()
             await self.token(script)
-        if (end := script.get("end", "done")) != "done":
+        if (end := script.get("end", "done")) not in ("done", "late"):
             await misbehave(end, writer)
         chunk(writer, b"data: [DONE]\n\n")
+        await writer.drain()
+        if end == "late":
+            raise ConnectionError
         writer.write(b"0\r\n\r\n")
         await writer.drain()
 

@@ -31,6 +31,15 @@ def test_a_stream_that_fails_before_its_first_token_has_a_status_of_its_own(star
         assert client.post("/v1/plan", json={"prompt": [1]}).json()["estimated_first_token_s"] is None
 
 
+@pytest.mark.fault("S4")
+def test_a_stream_that_breaks_after_its_last_event_was_whole(start: StartGateway) -> None:
+    """An error event after `[DONE]` would call an answer failed that the client has."""
+    gateway = start().until_ready()
+    answer = complete(gateway, stream=True, script={"end": "late"})
+    assert answer.text.endswith("data: [DONE]\n\n")
+    assert gateway.metric('ard_requests_total{outcome="ok"}') == 1
+
+
 @pytest.mark.timing
 @pytest.mark.fault("S5")
 @pytest.mark.parametrize("is_stuck", [False, True])

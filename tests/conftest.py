@@ -1,7 +1,7 @@
 """Fixtures for every test: tiny random models of each supported family, written as ordinary Hugging Face folders."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +63,29 @@ def family(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(scope="session")
-def make_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> MakeCheckpoint:
+def vllm_tells_each_table_once() -> Iterator[None]:
+    """Exports compare their RoPE with vLLM's, whose import takes a core 8 to 20 s; equal configs have one answer."""
+    from restore import verification
+
+    run, told = verification._run_rotary_tables, {}
+
+    def cached(path: Path, target_length: int, folder: Path) -> Any:
+        asked = (target_length, (folder / "config.json").read_bytes(), os.environ.get("PYTHONPATH"))
+        if asked not in told:
+            ended = run(path, target_length, folder)
+            told[asked] = ended, path.read_bytes() if path.exists() else None
+        ended, table = told[asked]
+        if table is not None:
+            path.write_bytes(table)
+        return ended
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(verification, "_run_rotary_tables", cached)
+        yield
+
+
+@pytest.fixture(scope="session")
+def make_checkpoint(tmp_path_factory: pytest.TempPathFactory, vllm_tells_each_table_once: None) -> MakeCheckpoint:
     """Write a tiny random checkpoint: make_checkpoint("qwen3", max_shard_size="40KB", **config overrides) -> folder."""
 
     def make(family: str = "llama3", max_shard_size: str = "5GB", seed: int = 0, **overrides: Any) -> Path:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,21 @@ def on_two(words: list[str]) -> list[str]:
     ]
 
 
+@pytest.fixture(scope="module")
+def alone(make_checkpoint: Callable[..., Path], texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A model and its run by one process on a device, once for all tests: `model` and `run` in the folder."""
+    model = make_checkpoint("qwen3", max_shard_size="60KB", num_hidden_layers=3)
+
+    @cache
+    def train(device: str) -> Path:
+        folder = tmp_path_factory.mktemp("alone")
+        (folder / "model").symlink_to(model)
+        assert main(restore(model, texts, folder / "run", device=device)) == 0
+        return folder
+
+    return train
+
+
 TWO_GPUS = [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")]
 
 
@@ -67,45 +83,41 @@ TWO_GPUS = [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2, r
     ],
 )
 def test_two_processes_give_the_losses_and_weights_of_one(
-    make_checkpoint: Callable[..., Path], texts: Path, tmp_path: Path, shard: str, device: str
+    alone: Callable[[str], Path], texts: Path, tmp_path: Path, shard: str, device: str
 ) -> None:
     """Replicated or sharded; validation has four windows of two lengths, so that one process has more passes to run."""
-    model = make_checkpoint("qwen3", max_shard_size="60KB", num_hidden_layers=3)
-    assert main(restore(model, texts, tmp_path / "one", device=device)) == 0
-    words = [*restore(model, texts, tmp_path / "two", device=device), "--shard", shard]
+    words = [*restore(alone(device) / "model", texts, tmp_path, device=device), "--shard", shard]
     run = subprocess.run(on_two(words), capture_output=True, text=True, check=False, timeout=300)
     assert run.returncode == 0, run.stderr
     assert run.stdout.count("restored model:") == 1
-    assert_same(tmp_path)
+    assert_same(alone(device) / "run", tmp_path)
 
 
-def test_two_machines_train_as_one(make_checkpoint: Callable[..., Path], texts: Path, tmp_path: Path) -> None:
+def test_two_machines_train_as_one(alone: Callable[[str], Path], texts: Path, tmp_path: Path) -> None:
     """As docs/training.md has it: the same command on each, one process each, met at a host and port."""
-    model = make_checkpoint("qwen3", max_shard_size="60KB", num_hidden_layers=3)
-    assert main(restore(model, texts, tmp_path / "one")) == 0
     meeting = f"--nnodes 2 --nproc-per-node 1 --rdzv-backend c10d --rdzv-endpoint localhost:{free_port()}".split()
     command = [sys.executable, "-m", "torch.distributed.run", *meeting, "-m", "ard_serve.cli"]
-    command += restore(model, texts, tmp_path / "two")
+    command += restore(alone("cpu") / "model", texts, tmp_path)
     machines = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
     said = [machine.communicate(timeout=300) for machine in machines]
     assert [machine.returncode for machine in machines] == [0, 0], said
     assert sum(out.count("restored model:") for out, _ in said) == 1, "one publishes"
-    assert_same(tmp_path)
+    assert_same(alone("cpu") / "run", tmp_path)
 
 
-def assert_same(folder: Path) -> None:
-    """Runs `one` and `two` have the same metrics and weights."""
-    one, two = (metrics.read(folder / name) for name in ("one", "two"))
-    assert [row["step"] for row in two] == [0, 1, 2, 3, 4]
-    for alone, shared in zip(one, two, strict=True):
+def assert_same(one: Path, two: Path) -> None:
+    """Both runs have the same metrics and weights."""
+    rows = metrics.read(two)
+    assert [row["step"] for row in rows] == [0, 1, 2, 3, 4]
+    for alone, shared in zip(metrics.read(one), rows, strict=True):
         for name in ("loss", "attention", "logits", "lm", "grad_norm"):
             assert shared.get(name, 0) == pytest.approx(alone.get(name, 0), rel=TOLERANCE), name
         assert shared.get("layer_kl", []) == pytest.approx(alone.get("layer_kl", []), rel=TOLERANCE)
         assert shared.get("validation", {}).get("loss", 0) == pytest.approx(
             alone.get("validation", {}).get("loss", 0), rel=TOLERANCE
         )
-    for path in sorted((folder / "one" / "model").glob("*.safetensors")):
-        found = load_file(folder / "two" / "model" / path.name)
+    for path in sorted((one / "model").glob("*.safetensors")):
+        found = load_file(two / "model" / path.name)
         for name, weight in load_file(path).items():
             assert float((weight - found[name]).abs().max()) < 1e-4, name
 

@@ -211,11 +211,16 @@ def tokenize(documents: Sequence[Document], tokenizer: "PreTrainedTokenizerBase"
                 for found in tokenizer(pieces, add_special_tokens=False, verbose=False)["input_ids"]:
                     ids += found
                 bar.advance(sum(map(len, pieces)))
-            if ids and max(ids) >= vocab_size:
-                limit = f"the model has {vocab_size} embeddings; use the model's own tokenizer"
-                raise DataError(f"{document.source}: token id {max(ids)}, but {limit}")
+            check_embedded(document.source, ids, vocab_size)
             parts.append(np.array(ids + ends, dtype=np.int32))
     return TokenStream(np.concatenate(parts), len(documents))
+
+
+def check_embedded(source: str, ids: Sequence[int] | np.ndarray, vocab_size: int) -> None:
+    """Raise DataError where a text holds a token id that the model has no embedding for."""
+    if len(ids) and (most := max(ids)) >= vocab_size:
+        limit = f"the model has {vocab_size} embeddings; use the model's own tokenizer"
+        raise DataError(f"{source}: token id {most}, but {limit}")
 
 
 def bos_ids(tokenizer: "PreTrainedTokenizerBase") -> list[int]:

@@ -214,7 +214,7 @@ def test_models_that_share_a_tokenizer_are_checked_once(
 ) -> None:
     """It reads all of the text, which takes a while."""
     checked: list[int] = []
-    monkeypatch.setattr(preflight, "check", lambda tokenizer, _: checked.append(len(tokenizer)))
+    monkeypatch.setattr(preflight, "check", lambda tokenizer, _, vocab_size: checked.append(len(tokenizer)))
     other = tmp_path / "other"
     shutil.copytree(base, other)
     words = (other / "tokenizer.json").read_text()
@@ -255,6 +255,12 @@ def test_a_model_is_measured_up_to_what_its_config_says(
     else:
         evaluate.run(str(model), config, tmp_path / "out")
         assert read(tmp_path / "out").config["lengths"] == says
+
+
+def test_a_token_the_model_cannot_embed_is_refused(make_checkpoint: MakeCheckpoint, texts: Path, tmp_path: Path) -> None:
+    small = make_checkpoint("llama3", vocab_size=100, bos_token_id=1, eos_token_id=2, pad_token_id=None)
+    with pytest.raises(DataError, match=r"book-0\.txt: token id \d+, but the model has 100 embeddings"):
+        evaluate.run(str(small), settings(texts, lengths=(64,), needle_samples=0, tasks=(), sliding=()), tmp_path / "out")
 
 
 def test_models_are_called_by_what_was_asked_for(

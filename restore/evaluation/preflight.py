@@ -12,6 +12,7 @@ from restore.evaluation import harness, perplexity, retrieval, sliding, tasks
 from restore.evaluation.config import EvalConfig
 from restore.evaluation.haystack import Haystack
 from restore.evaluation.items import read_items
+from restore.inspection import read_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -20,16 +21,28 @@ if TYPE_CHECKING:
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
 
 
-def check(tokenizer: "PreTrainedTokenizerBase", config: EvalConfig, documents: Sequence[data.Document] | None = None) -> None:
+def check(
+    tokenizer: "PreTrainedTokenizerBase",
+    config: EvalConfig,
+    documents: Sequence[data.Document] | None = None,
+    vocab_size: int | None = None,
+) -> None:
     """Raise what a whole evaluation would raise for its settings: no text or too little, prompts without room, unknown tasks.
 
     Args:
         tokenizer: of the model that will be measured.
         config: what to measure, its lengths stated.
         documents: what `config.data` will hold, where it is not written yet.
+        vocab_size: embeddings of the model, where it is not known yet that they are enough for the text.
     """
     check_tasks(config)
-    ids = encode(tokenizer, config.data)[1] if documents is None else _ids(tokenizer, documents)
+    if documents is None:
+        sources, ids = encode(tokenizer, config.data)
+    else:
+        sources, ids = [each.source for each in documents], _ids(tokenizer, documents)
+    for source, tokens in zip(sources, ids, strict=True):
+        if vocab_size is not None:
+            data.check_embedded(source, tokens, vocab_size)
     bos = data.bos_ids(tokenizer)
     perplexity.cut_windows(ids, bos, config.lengths, config.windows)
     if config.sliding:
@@ -44,9 +57,10 @@ def check_folders(folders: Sequence[Path], config: EvalConfig) -> None:
     for folder in dict.fromkeys(folders):
         tokenizer = loading.load_tokenizer(folder)
         files = (folder / name for name in _TOKENIZER_FILES)
-        key = (*(file.read_bytes() if file.exists() else b"" for file in files), *data.bos_ids(tokenizer))
+        vocab_size = read_config(folder).get("vocab_size")
+        key = (*(file.read_bytes() if file.exists() else b"" for file in files), *data.bos_ids(tokenizer), vocab_size)
         if key not in seen:
-            check(tokenizer, config)
+            check(tokenizer, config, vocab_size=vocab_size)
         seen.add(key)
 
 

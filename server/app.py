@@ -1,6 +1,7 @@
 """`ard serve` from start to exit code: bind, check, start the engine, serve, drain, stop."""
 
 import asyncio
+import ipaddress
 import logging
 import signal
 import socket
@@ -35,7 +36,6 @@ log = logging.getLogger("server")
 _DRAIN_POLL_S = 0.05
 _STOP_GRACE_S = 0.5
 _CHECK_FIRST_S = 0.25
-_LOOPBACK = ("127.", "::1", "localhost")
 
 
 def run(config: ServeConfig) -> int:
@@ -100,11 +100,18 @@ def _introduce(config: ServeConfig, checkpoint: Checkpoint, native: Checkpoint) 
 
 
 def _keys(config: ServeConfig) -> Keys:
-    if not config.api_keys and not config.allow_anonymous and not config.host.startswith(_LOOPBACK):
+    if not config.api_keys and not config.allow_anonymous and not _is_loopback(config.host):
         raise UsageError(
             f"--host {config.host} can be reached by others and there are no keys; add --api-keys FILE or --allow-anonymous"
         )
     return Keys(config.api_keys)
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:  # a name, which anything may stand behind
+        return host == "localhost"
 
 
 async def _serve(

@@ -277,8 +277,9 @@ def test_sighup_reads_the_key_file_again_and_a_broken_one_changes_nothing(start:
     assert status("new") == 200
 
 
-def test_an_address_that_others_reach_needs_keys(start: StartGateway) -> None:
-    gateway = start(host="0.0.0.0")
+@pytest.mark.parametrize("host", ["0.0.0.0", "localhost.example.com", "127.example.com"])
+def test_an_address_that_others_may_reach_needs_keys(start: StartGateway, host: str) -> None:
+    gateway = start(host=host)
     assert gateway.wait() == 2
     assert "--api-keys" in gateway.stderr
 

@@ -104,7 +104,10 @@ def _export(parser: argparse.ArgumentParser, _words: Sequence[str]) -> Job:
     parser.add_argument("run", type=Path, help="folder of a restoration: the OUT of `ard restore`")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the exported model (default: RUN/model)")
     parser.add_argument(
-        "--evaluation", type=Path, metavar="FILE", help="evaluation.json of this model, for its card and manifest"
+        "--evaluation",
+        type=Path,
+        metavar="FILE",
+        help="evaluation.json of this model, for its card, manifest and limits (default: the run's own, if it was measured)",
     )
 
     parser.add_argument("--force", action="store_true", help="publish a model that misses its limits, and say so in its card")

@@ -30,7 +30,7 @@ from restore.plan import plan_steps
 from restore.quantize import is_quantized, quantize
 from restore.retrieval import Weaver
 from restore.rope import RopePlan
-from restore.runfolder import CHECKPOINTS, CONFIG, DATA, HELD_OUT, MODEL, Stopped, StopSignal, locked
+from restore.runfolder import CHECKPOINTS, CONFIG, DATA, EVALUATION, HELD_OUT, MODEL, Stopped, StopSignal, locked
 from restore.trainer import Trainer
 
 _REFERENCE_TOKENS = 256
@@ -86,6 +86,7 @@ def _train(config: RestoreConfig, world: World, stop: StopSignal) -> tuple[Loade
     # What comes afterwards has no backward, and forward passes with a mask need what this rules out.
     with devices.deterministic(config.deterministic), memory_errors(config, devices.type_of(config.device)):
         loaded, trainer = _prepare(config, world)
+        (config.out / EVALUATION).unlink(missing_ok=True)  # it was of weights that will not be the result
         return loaded, trainer.train(lambda: stop.received is not None), trainer.plan.steps
 
 
@@ -102,12 +103,15 @@ def export_run(folder: Path, out: Path | None, evaluation: Path | None, force: b
     Args:
         folder: the OUT of `ard restore`.
         out: where to publish; `folder`/model when None.
-        evaluation: an evaluation.json of this model, for its card and manifest; held to the limits of the run's config.
+        evaluation: an evaluation.json of this model, for its card and manifest; held to the limits of the run's config. When
+            None the run's own, if it was measured.
         force: publish although a limit is missed.
     """
     if not (folder / CONFIG).exists():
         raise UsageError(f"{folder}: not a restoration, it has no {CONFIG}; give the OUT of `ard restore`")
     config = RestoreConfig.resolve(folder / CONFIG, {"out": folder, "force": force})
+    if evaluation is None and (folder / EVALUATION).exists():
+        evaluation = folder / EVALUATION
     found = report.read(evaluation) if evaluation else None
     with locked(folder), memory_errors(config, devices.type_of(config.device)):
         newest = checkpoint.load_newest(folder / CHECKPOINTS)

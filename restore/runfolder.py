@@ -13,6 +13,7 @@ from ard_serve.errors import EXIT_INTERRUPTED, EXIT_TERMINATED, ResourceError, U
 _LOCK = ".lock"
 # What a run leaves in its folder.
 CONFIG, DATA, HELD_OUT, CHECKPOINTS, MODEL = "config.yaml", "data.json", "held-out.jsonl", "checkpoints", "model"
+EVALUATION = "evaluation.json"
 
 
 @contextmanager

@@ -112,5 +112,5 @@ def refusal(failures: Sequence[str], out: Path) -> str:
     return (
         f"not published, worse than its limits: {'; '.join(failures[:_NAMED_FAILURES])}{more}; see {out / 'report.html'}. "
         f"Train on more tokens or lower the limits (gate), or publish it as it is: "
-        f"ard export {out} --evaluation {out / 'evaluation.json'} --force"
+        f"ard export {out} --force"
     )

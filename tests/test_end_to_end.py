@@ -7,9 +7,8 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,22 +16,15 @@ import httpx
 import pytest
 import torch
 import yaml
+from helpers_ard import ARD, SMALL, ard
 from transformers import AutoModelForCausalLM
 
 from ard_serve import cli
 from ard_serve.artifact import read_manifest, verify
 from restore.config import RECIPES
 
-ARD = [sys.executable, "-m", "ard_serve.cli"]
-SMALL = ["--batch-tokens", "1024", "--steps", "6", "--rank", "4", "--learning-rate", "0.01", "--dtype", "fp32"]
-SMALL += ["--window", "128", "--long-window", "256"]
 START_TIMEOUT_S = 300
 NEW_TOKENS = 24
-
-
-def ard(*words: object, before: Sequence[str] = (), **rest: Any) -> subprocess.CompletedProcess[str]:
-    command = [*before, *ARD, *map(str, words)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, **rest)
 
 
 @pytest.fixture(scope="module")
@@ -106,9 +98,12 @@ def test_the_result_is_complete_and_as_promised(run: Path) -> None:
     assert ard("doctor", run / "model").returncode == 0
 
 
-def test_the_disk_it_took_was_forecast(base: Path, run: Path, texts: Path, tmp_path: Path) -> None:
+def test_the_disk_it_took_was_forecast(
+    base: Path, run: Path, texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     words = ["restore", base, "--target-length", 512, "--data", texts, "--out", tmp_path / "other", *SMALL, "--estimate"]
-    table = " ".join(ard(*words).stdout.replace("│", " ").split())
+    assert cli.main([str(word) for word in words]) == 0
+    table = " ".join(capsys.readouterr().out.replace("│", " ").split())
     export, checkpoints = (
         float(found[1]) * 2**20
         for found in (re.search(rf"{of} ([\d.]+) MiB", table) for of in ("exported model in float32", "checkpoints"))
@@ -134,79 +129,16 @@ def test_a_whole_run_on_local_files_asks_nothing_of_the_network(run: Path) -> No
 
 
 def test_export_again_gives_the_same_weights(run: Path, tmp_path: Path) -> None:
-    ended = ard("export", run, "--out", tmp_path / "again", "--evaluation", run / "evaluation.json")
-    assert ended.returncode == 0, ended.stderr
+    words = ["export", run, "--out", tmp_path / "again", "--evaluation", run / "evaluation.json"]
+    assert cli.main([str(word) for word in words]) == 0
     for name in ("model.safetensors", "config.json", "README.md"):
         assert (tmp_path / "again" / name).read_bytes() == (run / "model" / name).read_bytes(), name
 
 
-def test_a_finished_run_is_not_overwritten(base: Path, run: Path, texts: Path) -> None:
-    ended = ard("restore", base, "--target-length", 512, "--data", texts, "--out", run, *SMALL)
-    assert ended.returncode == 2
-    assert f"{run}: holds an earlier run; add --resume" in ended.stderr
-
-
-@pytest.mark.fault("R14")
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_saves_and_the_printed_command_goes_on(
-    base: Path, texts: Path, tmp_path: Path, number: signal.Signals, code: int
-) -> None:
-    words = [*ARD, "restore", base, "--target-length", 512, "--data", texts, "--out", tmp_path / "run", *SMALL]
-    words += ["--steps", 400, "--no-evaluate", "--checkpoint-every", 1000, "--validation-every", 1000]
-    process = subprocess.Popen([str(word) for word in words], stderr=subprocess.PIPE, text=True)
-    metrics = tmp_path / "run" / "metrics.jsonl"
-    while not (metrics.exists() and len(metrics.read_text().splitlines()) > 2):
-        assert process.poll() is None
-        time.sleep(0.05)
-    process.send_signal(number)
-    _, err = process.communicate(timeout=120)
-    assert process.returncode == code
-    assert f"stopped by {number.name} at step" in err
-    (saved,) = (tmp_path / "run" / "checkpoints").iterdir()
-    step = json.loads((saved / "state.json").read_text())["step"]
-    (command,) = [line for line in err.splitlines() if line.startswith("ard restore --config")]
-    resumed = subprocess.Popen([*ARD, *command.split()[1:]], stderr=subprocess.PIPE, text=True)
-    while len(metrics.read_text().splitlines()) < step + 3:
-        assert resumed.poll() is None
-        time.sleep(0.05)
-    resumed.send_signal(signal.SIGTERM)
-    _, err = resumed.communicate(timeout=120)
-    assert f"resumed at step {step} of 400" in err
-    assert [json.loads(line)["step"] for line in metrics.read_text().splitlines()][: step + 2] == list(range(step + 2))
-
-
-@pytest.mark.fault("R14")
-def test_a_signal_during_the_evaluation_ends_it_and_the_printed_command_goes_on(
-    base: Path, texts: Path, tmp_path: Path
-) -> None:
-    settings = {"evaluation": {"lengths": [128, 512], "windows": 4_000, "needle_samples": 0}}
-    (tmp_path / "long.yaml").write_text(json.dumps(settings))
-    words = [*ARD, "restore", base, "--config", tmp_path / "long.yaml", "--target-length", 512, "--data", texts]
-    words += ["--out", tmp_path / "run", *SMALL]
-    process = subprocess.Popen([str(word) for word in words], stderr=subprocess.PIPE, text=True)
-    assert process.stderr is not None
-    while "native: perplexity" not in process.stderr.readline():
-        assert process.poll() is None
-    process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=20)
-    assert process.returncode == 143
-    assert "stopped by SIGTERM after the last of 6 steps" in err
-    assert not list((tmp_path / "run").glob("*model*"))
-    (command,) = [line for line in err.splitlines() if line.startswith("ard restore --config")]
-    ended = ard(*command.split()[1:], "--no-evaluate")
-    assert ended.returncode == 0, ended.stderr
-    assert "resumed at step 6 of 6" in ended.stderr
-    assert (tmp_path / "run" / "model" / "ard-manifest.json").exists()
-
-
-@pytest.mark.fault("R20")
-def test_two_runs_cannot_share_a_folder(base: Path, texts: Path, tmp_path: Path) -> None:
-    from restore.runfolder import locked
-
-    with locked(tmp_path / "run"):
-        ended = ard("restore", base, "--target-length", 512, "--data", texts, "--out", tmp_path / "run", *SMALL)
-    assert ended.returncode == 2
-    assert f"in use by process {os.getpid()}" in ended.stderr
+def test_a_finished_run_is_not_overwritten(base: Path, run: Path, texts: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["restore", base, "--target-length", 512, "--data", texts, "--out", run, *SMALL]
+    assert cli.main([str(word) for word in words]) == 2
+    assert f"{run}: holds an earlier run; add --resume" in capsys.readouterr().err
 
 
 @pytest.mark.vllm

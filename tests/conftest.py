@@ -44,7 +44,7 @@ MakeCheckpoint = Callable[..., Path]
 
 
 # Files of minutes, begun first: of two that work through files, one would end with such a file while the other waits.
-LONGEST = ("end_to_end", "restore_signals", "restore_forecast", "restore_parallel", "restore_estimate", "restore_evaluate_harness")
+LONGEST = ("end_to_end", "restore_signals", "restore_forecast", "restore_parallel", "restore_estimate")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

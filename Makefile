@@ -31,7 +31,7 @@ $(VENV)/.ready: requirements/cpu.lock pyproject.toml
 demo: setup  ## Restore a real small model, evaluate, export, serve and load-test it (15 minutes on 2 cores)
 	$(BIN)/python examples/demo.py
 
-test: lint types imports unit  ## Everything CI runs (24 minutes on 2 cores)
+test: lint types imports unit  ## Everything CI runs (20 minutes on 2 cores)
 
 lint: setup
 	$(BIN)/ruff format --check .

@@ -63,7 +63,7 @@ def _readings(reader: Loaded, length: int) -> dict[str, Callable[[], object]]:
     ids = torch.randint(reader.model.config.vocab_size, (length,)).tolist()
     return {
         "window": lambda: reader.log_probs([ids], range(length - _SCORED, length), lambda _: None),
-        "needle": lambda: reader.continue_greedily([ids], _WRITTEN),
+        "needle": lambda: reader.continue_greedily([ids], _WRITTEN, lambda _: None),
     }
 
 

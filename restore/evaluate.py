@@ -55,7 +55,7 @@ def _evaluate(reader: Reader, tokenizer: PreTrainedTokenizerBase, config: EvalCo
     started = time.monotonic()
     (sources, ids), bos = preflight.encode(tokenizer, config.data), data.bos_ids(tokenizer)
     windows = perplexity.cut_windows(ids, bos, config.lengths, config.windows)
-    with progress(f"{name}: perplexity", sum(window.numel() for window in windows.values())) as bar:
+    with progress(f"{name}: perplexity", sum(cut.ids_WT.numel() for cuts in windows.values() for cut in cuts)) as bar:
         scores, curve = perplexity.measure(reader, windows, bar)
     return Evaluation(
         name=name,

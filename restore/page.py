@@ -135,8 +135,8 @@ def _perplexity(found: EvaluationReport, restoration: "report.Restoration | None
     plots.legend(drawing, axes[0])
     note = (
         "How surprised the model is by held-out text; lower is better, and more context should never make it worse. "
-        "Left: the last 1,024 tokens (half the window below 2,048) of windows that all end at the same places, bars one "
-        "standard error. Right: every position of the longest window."
+        "Left: the same 1,024 tokens at every length (half of the longest window where that is less), bars one standard error; "
+        "only the text before them differs. Right: every position of the longest window."
     )
     return [_section("Perplexity", note, plots.to_svg(drawing, "Perplexity by window length and by position"))]
 

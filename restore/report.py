@@ -289,8 +289,8 @@ def how(found: EvaluationReport) -> str:
     return (
         f"Measured {found.created_at} with ard-serve {found.ard_serve_version} on {found.machine}, {found.config['dtype']}, "
         f"in {sum(model.seconds for model in found.models):.0f} s. Perplexity: {windows} of held-out text for each "
-        f"length{origin}, over their last 1,024 tokens (half the window below 2,048); windows of every length end at the same "
-        "places. "
+        f"length{origin}, over the same 1,024 tokens (half of the longest window where that is less), the last of the longest "
+        "windows. "
         f"{asked if sought else ''}"
         f"{'Sliding: every token of whole documents, once. ' if slid else ''}"
         f"{short}{''.join(served)}"

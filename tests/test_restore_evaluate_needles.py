@@ -178,4 +178,4 @@ def test_batched_retrieval_scores_as_one_prompt_at_a_time(
     assert {len(s.samples) for s in found[1]} == {6}
     assert {value for s in found[1] for value in s.samples} == {0.0, 1.0}
     assert {length for _, length in shapes} == {600, 900}
-    assert max(rows for rows, _ in shapes) == 6
+    assert max(rows for rows, _ in shapes) > 6, "prompts of other depths share a batch with a cell's six"

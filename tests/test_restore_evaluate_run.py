@@ -94,7 +94,7 @@ def test_an_export_is_measured_beside_native_and_stretched(base: Path, exported:
 
 @torch.no_grad()
 def perplexity(folder: Path, config: dict[str, Any] | None, settings: EvalConfig) -> dict[int, float]:
-    """By transformers' own loss over the last half of the windows that `evaluate` cuts."""
+    """By transformers' own loss over what the windows that `evaluate` cuts predict."""
     from restore import data
     from restore.evaluation.perplexity import cut_windows
 
@@ -102,10 +102,14 @@ def perplexity(folder: Path, config: dict[str, Any] | None, settings: EvalConfig
     documents = [tokenizer(d.text, add_special_tokens=False)["input_ids"] for d in data.read_documents(settings.data)]
     windows = cut_windows([torch.tensor(ids).numpy() for ids in documents], [256], settings.lengths, settings.windows)
     found = {}
-    for length, ids in windows.items():
-        labels = ids.clone()
-        labels[:, : length // 2] = -100
-        found[length] = math.exp(float(model(ids, labels=labels).loss))
+    for length, cuts in windows.items():
+        losses = []
+        for cut in cuts:
+            labels = torch.full_like(cut.ids_WT, -100)
+            labels[:, cut.scored] = cut.ids_WT[:, cut.scored]
+            losses.append(float(model(cut.ids_WT, labels=labels).loss))
+        assert len({len(cut.scored) for cut in cuts}) == 1, "losses of as many tokens each"
+        found[length] = math.exp(sum(losses) / len(losses))
     return found
 
 

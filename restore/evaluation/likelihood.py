@@ -46,13 +46,15 @@ class Loaded:
             advance(ids_BT.numel())
         return torch.stack(found).numpy()
 
-    def continue_greedily(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[list[int]]:
-        batches = cut(prompts, len, self.batch_tokens)
-        return [
-            row
-            for batch in batches
-            for row in continue_greedily(self.model, torch.tensor([list(prompt) for prompt in batch]), new_tokens).tolist()
-        ]
+    def continue_greedily(
+        self, prompts: Sequence[Sequence[int]], new_tokens: int, advance: Callable[[int], None]
+    ) -> list[list[int]]:
+        written: list[list[int]] = []
+        for batch in cut(prompts, len, self.batch_tokens):
+            ids_BT = torch.tensor([list(prompt) for prompt in batch])
+            written += continue_greedily(self.model, ids_BT, new_tokens).tolist()
+            advance(ids_BT.numel())
+        return written
 
     def generate(
         self,

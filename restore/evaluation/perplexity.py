@@ -1,11 +1,14 @@
 """Perplexity of long windows, by window length and by position.
 
-Windows of every length end at the same places of the same documents, so what differs between two lengths is the context
-and never the text that is predicted.
+The same tokens are predicted at every length, by windows of that length: what differs between two lengths is the context and
+never the text. A short window predicts its last half alone, so that several of them predict what one long window does.
+
+Shapes: W windows, T tokens.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
@@ -22,19 +25,48 @@ _FIRST_EDGE = 64
 _BUCKET_SAMPLES = 256
 
 
-def cut_windows(documents: Sequence[np.ndarray], bos: Sequence[int], lengths: Sequence[int], count: int) -> dict[int, Tensor]:
-    """Cut `count` windows [count, length] of each length, spread evenly over all places where the longest one fits.
+@dataclass(frozen=True)
+class Cut:
+    """Windows of one length and the positions that are predicted in each."""
+
+    ids_WT: Tensor
+    scored: range
+
+
+def cut_windows(
+    documents: Sequence[np.ndarray], bos: Sequence[int], lengths: Sequence[int], count: int
+) -> dict[int, tuple[Cut, ...]]:
+    """Cut windows [count, length] of each length, spread evenly over all places where the longest one fits.
+
+    The cuts of a length predict the same min(1024, longest / 2) tokens at each place, the last of the longest window.
 
     Args:
         documents: token ids of whole documents; a window never crosses into the next one.
         bos: what the tokenizer puts before a text, put before every window and counted in its length.
+        lengths: tokens of a window.
+        count: places.
 
     Raises:
         DataError: no document is as long as the longest window.
     """
     longest = max(lengths)
     ends = places(documents, bos, longest, count)
-    return {length: torch.stack([_cut(documents[d], bos, end, length) for d, end in ends]) for length in lengths}
+    return {
+        length: tuple(
+            Cut(torch.stack([_cut(documents[d], bos, end - before, length) for d, end in ends]), scored)
+            for before, scored in _cuts(length, longest)
+        )
+        for length in lengths
+    }
+
+
+def _cuts(length: int, longest: int) -> Iterator[tuple[int, range]]:
+    """How far before the end of the longest window each window ends, and what it predicts."""
+    tail, most = min(_TAIL_TOKENS, longest // 2), length // 2
+    for stop in range(tail, 0, -most):  # of what is predicted, in tokens from the start of the tail
+        before = min(tail - stop, longest - length)  # none begins before the longest does
+        last = length - (tail - stop - before)
+        yield before, range(last - min(most, stop), last)
 
 
 def places(documents: Sequence[np.ndarray], bos: Sequence[int], length: int, count: int) -> list[tuple[int, int]]:
@@ -62,24 +94,26 @@ def _cut(ids: np.ndarray, bos: Sequence[int], end: int, length: int) -> Tensor:
     return torch.tensor([*bos, *ids[end - length + len(bos) : end].tolist()])
 
 
-def measure(reader: Reader, windows: dict[int, Tensor], bar: Bar) -> tuple[list[PerplexityScore], PositionCurve]:
-    """Perplexity of each length over its last min(1024, length / 2) tokens, and by position in the longest windows.
+def measure(reader: Reader, windows: dict[int, tuple[Cut, ...]], bar: Bar) -> tuple[list[PerplexityScore], PositionCurve]:
+    """Perplexity of each length over the tokens that its cuts predict, and by position in the longest windows.
 
     The curve samples at most 256 positions of each bucket. `bar` advances by the tokens read.
     """
-    scores, curve = [], None
-    for length, ids_WT in sorted(windows.items()):
-        buckets = position_buckets(length)
-        tail = np.arange(length - min(_TAIL_TOKENS, length // 2), length)
-        sampled = [_spread(start, end) for start, end in pairwise(buckets)] if length == max(windows) else []
-        groups = [tail, *sampled]
-        nll = -reader.log_probs(ids_WT.tolist(), np.concatenate(groups).tolist(), bar.advance)
-        last_nll, *sampled_nll = np.split(nll, np.cumsum([len(group) for group in groups])[:-1], axis=1)
-        scores.append(PerplexityScore(length=length, window_nll=tuple(last_nll.mean(1).tolist())))
-        if sampled:
-            curve = PositionCurve(edges=buckets, perplexity=tuple(math.exp(min(part.mean(), 700)) for part in sampled_nll))
-    assert curve is not None, "windows hold at least one length"
-    return scores, curve
+    *shorter, (longest, (whole,)) = sorted(windows.items())
+    scores = []
+    for length, cuts in shorter:
+        nll_WT = np.concatenate([-reader.log_probs(cut.ids_WT.tolist(), cut.scored, bar.advance) for cut in cuts], axis=1)
+        scores.append(_score(length, nll_WT))
+    edges = position_buckets(longest)
+    groups = [np.array(whole.scored), *(_spread(start, end) for start, end in pairwise(edges))]
+    nll_WT = -reader.log_probs(whole.ids_WT.tolist(), np.concatenate(groups).tolist(), bar.advance)
+    last_WT, *sampled = np.split(nll_WT, np.cumsum([len(group) for group in groups])[:-1], axis=1)
+    curve = PositionCurve(edges=edges, perplexity=tuple(math.exp(min(part_WT.mean(), 700)) for part_WT in sampled))
+    return [*scores, _score(longest, last_WT)], curve
+
+
+def _score(length: int, nll_WT: np.ndarray) -> PerplexityScore:
+    return PerplexityScore(length=length, window_nll=tuple(nll_WT.mean(1).tolist()))
 
 
 def position_buckets(length: int) -> tuple[int, ...]:

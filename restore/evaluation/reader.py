@@ -38,8 +38,13 @@ class Reader(Protocol):
         Rows are equally long; `advance` is told the tokens that were read.
         """
 
-    def continue_greedily(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[list[int]]:
-        """The `new_tokens` most likely tokens after each of equally long prompts, whatever ends there."""
+    def continue_greedily(
+        self, prompts: Sequence[Sequence[int]], new_tokens: int, advance: Callable[[int], None]
+    ) -> list[list[int]]:
+        """The `new_tokens` most likely tokens after each of equally long prompts, whatever ends there.
+
+        `advance` is told the tokens that were read.
+        """
 
     def generate(
         self,

@@ -24,15 +24,19 @@ def measure(reader: Reader, haystack: Haystack, config: EvalConfig, name: str) -
     Raises:
         DataError: the text is too short for a length, or a file of questions cannot be used.
     """
-    cells = list(product(_makers(haystack, config).items(), sorted(config.needle_lengths), config.needle_depths))
-    scores = []
-    with progress(f"{name}: needles", sum(length for _, length, _ in cells) * config.needle_samples) as bar:
-        for (task, make), length, depth in cells:
-            prompts = [make(length, depth, sample) for sample in range(config.needle_samples)]
-            samples = _answer(reader, haystack, prompts)
-            scores.append(NeedleScore(task=task, length=length, depth=depth, samples=tuple(samples)))
-            bar.advance(length * len(prompts))
-    return scores
+    makers, lengths, samples = _makers(haystack, config), sorted(set(config.needle_lengths)), range(config.needle_samples)
+    found: dict[tuple[str, int, float], list[float]] = {}
+    with progress(f"{name}: needles", sum(lengths) * len(makers) * len(config.needle_depths) * len(samples)) as bar:
+        # Prompts of a length together, whatever their tasks and depths: they are written in as many steps as one alone.
+        for length in lengths:
+            cells = list(product(makers, config.needle_depths))
+            prompts = [makers[task](length, depth, sample) for task, depth in cells for sample in samples]
+            scores = iter(_answer(reader, haystack, prompts, bar.advance))
+            found |= {(task, length, depth): [next(scores) for _ in samples] for task, depth in cells}
+    return [
+        NeedleScore(task=task, length=length, depth=depth, samples=tuple(found[task, length, depth]))
+        for task, length, depth in product(makers, lengths, config.needle_depths)
+    ]
 
 
 def check(haystack: Haystack, config: EvalConfig) -> None:
@@ -64,13 +68,13 @@ def _named(task: str, make: _Maker, length: int, depth: float, sample: int) -> P
         raise DataError(f"{task}: {error}") from None
 
 
-def _answer(reader: Reader, haystack: Haystack, prompts: Sequence[Prompt]) -> list[float]:
+def _answer(reader: Reader, haystack: Haystack, prompts: Sequence[Prompt], advance: Callable[[int], None]) -> list[float]:
     """Score each prompt's greedy continuation; prompts of one shape are asked together, without padding."""
     scores: dict[int, float] = {}
     order = sorted(range(len(prompts)), key=lambda index: _shape(prompts[index]))
     for (_, new_tokens), same in groupby(order, key=lambda index: _shape(prompts[index])):
         indices = list(same)
-        written = reader.continue_greedily([prompts[index].ids for index in indices], new_tokens)
+        written = reader.continue_greedily([prompts[index].ids for index in indices], new_tokens, advance)
         for index, ids in zip(indices, written, strict=True):
             scores[index] = prompts[index].score(haystack.decode(ids))
     return [scores[index] for index in range(len(prompts))]

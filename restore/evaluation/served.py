@@ -58,9 +58,15 @@ class Served:
             advance(len(row))
         return np.stack(found)
 
-    def continue_greedily(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[list[int]]:
+    def continue_greedily(
+        self, prompts: Sequence[Sequence[int]], new_tokens: int, advance: Callable[[int], None]
+    ) -> list[list[int]]:
+        written = []
         with ThreadPoolExecutor(_STREAMS) as pool:
-            return list(pool.map(lambda prompt: self._continue(prompt, new_tokens), prompts))
+            for prompt, ids in zip(prompts, pool.map(lambda prompt: self._continue(prompt, new_tokens), prompts), strict=True):
+                written.append(ids)
+                advance(len(prompt))
+        return written
 
     def generate(
         self,

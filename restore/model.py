@@ -70,6 +70,10 @@ class TwoFaced:
             "teacher": rotary(config_class.from_dict(plan.native_config(base))).to(model.device),
             "student": rotary(config_class.from_dict(plan.target_config(base))).to(model.device),
         }
+        for face in self.rotary.values():
+            # Its short and its long list are one (rope.py), so there is nothing to choose by the positions of each batch, for
+            # which transformers waits for the GPU, and which a forecast without data (forecast.py) cannot know.
+            face.rope_type = "default" if face.rope_type == "longrope" else face.rope_type
         model.model.rotary_emb = self.rotary["student"]
 
     def let_go(self) -> None:

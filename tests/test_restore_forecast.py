@@ -22,7 +22,7 @@ from restore.loading import load
 from restore.model import Kept, TwoFaced
 from restore.objectives import Losses
 from restore.plan import plan_steps
-from restore.rope import RopePlan, plan_rope
+from restore.rope import RopePlan, head_dim
 
 MakeCheckpoint = Callable[..., Path]
 SHAPE = {"hidden_size": 128, "intermediate_size": 384, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 3000}
@@ -45,7 +45,7 @@ STARVED = """
 
 def planned(base: dict[str, Any], **fields: Any) -> tuple[RestoreConfig, RopePlan]:
     config = RestoreConfig.model_validate({"model": "m", "target_length": 1024, "data": ("d",), "out": "o", "rank": 8} | fields)
-    return config, plan_rope(base, config.target_length, config.rope_type)
+    return config, config.plan_rope(base)
 
 
 @pytest.mark.parametrize(
@@ -166,6 +166,17 @@ def test_a_forecast_needs_no_weights_and_grows_with_the_layers(make_checkpoint: 
     needed = forecast(base | {"num_hidden_layers": 40}, rope, config)
     assert needed.peak_bytes > forecast(base, rope, config).peak_bytes
     assert min(needed.weights_bytes, needed.trained_bytes, needed.step_bytes) > 0
+
+
+def test_a_searched_table_takes_what_yarn_takes(make_checkpoint: MakeCheckpoint) -> None:
+    """transformers chooses one of longrope's lists by the positions of a batch, which a forecast has not; ours are one list."""
+    base = read_config(make_checkpoint("llama3"))
+    factors = (1.0,) * (head_dim(base) // 4) + (8.0,) * (head_dim(base) // 4)
+    yarn, searched = (
+        forecast(base, rope, config)
+        for config, rope in (planned(base), planned(base, rope_type="longrope", rope_factors=factors))
+    )
+    assert searched == yarn
 
 
 @pytest.mark.fault("R11")

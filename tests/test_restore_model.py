@@ -14,7 +14,7 @@ from restore.config import RestoreConfig
 from restore.model import Kept, TwoFaced, _Comparing
 from restore.objectives import Losses
 from restore.recompute import KeptRows
-from restore.rope import plan_rope
+from restore.rope import RopeType, head_dim, plan_rope
 
 IDS = torch.arange(3, 99)[None] % 256
 
@@ -22,7 +22,7 @@ IDS = torch.arange(3, 99)[None] % 256
 def two_faces(folder: Path, dtype: torch.dtype = torch.float32, **settings: object) -> TwoFaced:
     values = {"model": str(folder), "target_length": 512, "data": ("x",), "out": Path("x"), "rank": 4, **settings}
     config = RestoreConfig.model_validate(values)
-    plan = plan_rope(json.loads((folder / "config.json").read_text()), config.target_length, config.rope_type)
+    plan = config.plan_rope(json.loads((folder / "config.json").read_text()))
     return TwoFaced(AutoModelForCausalLM.from_pretrained(folder, dtype=dtype), plan, config)
 
 
@@ -61,14 +61,17 @@ def test_teacher_is_the_untouched_model_before_during_and_after_training(
         assert not torch.allclose(faces.model(IDS).logits, untouched, atol=0.1), "the student must have moved away"
 
 
+@pytest.mark.parametrize("rope_type", ["yarn", "longrope"])
 def test_student_before_training_is_the_stretched_model(
-    make_checkpoint: Callable[..., Path], family: str, tmp_path: Path
+    make_checkpoint: Callable[..., Path], family: str, rope_type: RopeType
 ) -> None:
     folder = make_checkpoint(family)
-    faces = two_faces(folder)
     config = json.loads((folder / "config.json").read_text())
+    factors = [1.0 + pair for pair in range(head_dim(config) // 2)] if rope_type == "longrope" else None
+    faces = two_faces(folder, rope_type=rope_type, rope_factors=factors)
     stretched = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    stretched_config = type(stretched.config).from_dict(plan_rope(config, 512).target_config(config))
+    plan = plan_rope(config, 512, rope_type, rope_factors=factors)
+    stretched_config = type(stretched.config).from_dict(plan.target_config(config))
     stretched.model.rotary_emb = type(stretched.model.rotary_emb)(stretched_config)
     with torch.no_grad():
         hidden, _, _ = faces.pair(IDS)

@@ -23,14 +23,11 @@ _PLACE = re.compile(r"(<!-- (quality|bars) (\S+) ([\d ]+) -->\n).*?(<!-- end -->
 _NAMES = {
     "native": "native",
     "none": "stretched, untouched",
-    "none, linear RoPE": "stretched, linear RoPE",
     "twin": "native after as much text (twin)",
 }
 _NATIVE_WINDOW = "8192"  # of the model whose bars are told
 # A share of likelihood over the items of a task that is there already; it rises where a model loses its preferences.
 UNCOUNTED = frozenset({"truthfulqa_mc2"})
-# Recipes of models that no restoration changes from run to run.
-_FIXED = ("native", "none", "none, linear RoPE")
 
 
 def main() -> None:
@@ -54,9 +51,11 @@ def gather(path: Path, numbers: Iterable[int]) -> dict[str, list[dict[str, Any]]
     runs = json.loads(path.read_text(encoding="utf-8"))["runs"]
     columns: dict[str, list[dict[str, Any]]] = {}
     for row in (row for number in numbers for row in runs[number]["rows"]):
-        recipe = "twin" if row["rope"] == "none" else row["recipe"] + ", linear RoPE" * (row["rope"] == "linear")
+        untouched = row["recipe"] in ("native", "none")  # no restoration changes it from run to run
+        told = row["rope"] == "linear" or (row["recipe"] == "none" and row["rope"] != "yarn")
+        recipe = "twin" if row["rope"] == "none" else f"{row['recipe']}, {row['rope']} RoPE" if told else row["recipe"]
         column = columns.setdefault(recipe, [])
-        if recipe not in _FIXED or not column:
+        if not untouched or not column:
             column.append(row)
     return columns
 
@@ -80,6 +79,8 @@ def _table(columns: dict[str, list[dict[str, Any]]]) -> list[str]:
 
 
 def _title(recipe: str, seeds: int) -> str:
+    if recipe.startswith("none, "):
+        return recipe.replace("none", "stretched", 1)
     return _NAMES.get(recipe, f"restored ({recipe}{f', {seeds} seeds' if seeds > 1 else ''})")
 
 
